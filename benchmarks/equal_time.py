@@ -36,8 +36,8 @@ from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.storage.json_files import write_json
 from pipeline.training.batch import Batch
-from pipeline.training.cached_teachers import open_teachers
-from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.distilling.cached_teachers import open_teachers
+from pipeline.training.distilling.runs import NewStudent, StudentSpec
 
 JOINT = [
     "distill.joint=true", "refine.variant=official", "refine.rank=16", "student.init=random", "distill.lr=1e-3",

@@ -42,8 +42,8 @@ from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import SweepFile, find_sweep
 from pipeline.training.batch import BatchLoader
-from pipeline.training.cached_teachers import open_teachers
-from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.distilling.cached_teachers import open_teachers
+from pipeline.training.distilling.runs import NewStudent, StudentSpec
 from pipeline.training.to_device import on_device
 
 # {sweep: the caches of its methods}, {cache: its differences from the recipe}.

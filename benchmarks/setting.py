@@ -33,11 +33,11 @@ from pipeline.storage.json_files import write_json
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
 from pipeline.training.batch import Batch
-from pipeline.training.distiller import Distiller
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.optimisers import new_optimiser
-from pipeline.training.stored_refiners import load_refiner
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.refining.stored_refiners import load_refiner
 from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
 

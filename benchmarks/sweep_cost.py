@@ -23,7 +23,7 @@ from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import fan_out
 from pipeline.stages.refine import refine
-from pipeline.training.runs import StudentSpec
+from pipeline.training.distilling.runs import StudentSpec
 
 
 def online_run(config: Config, cache: Cache, adapters: Path) -> None:

@@ -24,7 +24,7 @@ from pipeline.reports.pictures import MOST_MEDIANS, NORMS, Strip
 from pipeline.reports.runs import find_cache, read_runs
 from pipeline.reports.seeds import group_runs
 from pipeline.stages.report import RECORDS
-from pipeline.training.cached_teachers import open_images
+from pipeline.training.distilling.cached_teachers import open_images
 
 # Titles of the report's rows, and what README calls them. The order is that of the picture.
 ROWS = {

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from pipeline.stages.report import ReportResult, report
     from pipeline.stages.verify import VerifyResult, verify
     from pipeline.sweeps.run import SweepResult, sweep
+    from pipeline.training.distilling.runs import StudentSpec
     from pipeline.training.run_directory import DistillResult
-    from pipeline.training.runs import StudentSpec
 
 __all__ = [
     "Cache",
@@ -98,7 +98,7 @@ _MODULES = {
     "RefineResult": "pipeline.stages.refine",
     "ReportResult": "pipeline.stages.report",
     "RunResult": "pipeline.chains.run",
-    "StudentSpec": "pipeline.training.runs",
+    "StudentSpec": "pipeline.training.distilling.runs",
     "SweepResult": "pipeline.sweeps.run",
     "VerifyResult": "pipeline.stages.verify",
     "cache_info": "pipeline.cache.info",

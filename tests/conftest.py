@@ -26,7 +26,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.storage import locks
 from pipeline.training.batch import Batch
-from pipeline.training.targets import Targets
+from pipeline.training.distilling.targets import Targets
 from singer.backbones import block_outputs
 
 # No test asks the network, whose answers are luck and take their time; neither do the processes that they start.

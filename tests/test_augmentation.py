@@ -16,10 +16,10 @@ from pipeline.config import FinetuneConfig
 from pipeline.data import ImageFile, index_images
 from pipeline.data.sampler import BatchIndices
 from pipeline.data.views import apply_view, draw_view, generator
-from pipeline.training.augmentation import OPERATIONS, arguments, erase
 from pipeline.training.batch import Batch
-from pipeline.training.labelled import LabelledLoader, views_of
-from pipeline.training.mixing import Mixing
+from pipeline.training.finetuning.augmentation import OPERATIONS, arguments, erase
+from pipeline.training.finetuning.labelled import LabelledLoader, views_of
+from pipeline.training.finetuning.mixing import Mixing
 
 
 def step_of(config: FinetuneConfig, count: int, filling: int = 0, step: int = 3) -> tuple[Batch, Batch]:

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from pipeline.cache import Cache
 from pipeline.stages.distill import distill, fan_out
 from pipeline.students.new import new_student
-from pipeline.training import runs, trainer
+from pipeline.training import trainer
 from pipeline.training.batch import Loader
-from pipeline.training.distiller import Distiller
+from pipeline.training.distilling import runs
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.runs import StudentSpec
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.optimisers import decay_groups
 from pipeline.training.run_log import read_log
-from pipeline.training.runs import StudentSpec
 from pipeline.training.student_run import StudentRun
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
 
 WEIGHTS = "student/model.safetensors"

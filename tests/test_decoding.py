@@ -27,7 +27,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.verify import verify
-from pipeline.training.cached_teachers import open_images
+from pipeline.training.distilling.cached_teachers import open_images
 from singer.errors import UserError
 
 SIDEWAYS = 6

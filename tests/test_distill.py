@@ -22,14 +22,14 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
-from pipeline.training.distiller import Distiller
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.refining.stored_refiners import load_refiner
 from pipeline.training.run_directory import RefinerKind, load_result
 from pipeline.training.run_log import read_log
 from pipeline.training.schedule import layer_decay, learning_rate, peak_rate
-from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import StudentRun
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 from singer.tokens import select_tokens

@@ -8,7 +8,7 @@ from training_runs import WEIGHTS
 
 from pipeline.stages.distill import distill, fan_out
 from pipeline.stages.refine import refine
-from pipeline.training.runs import StudentSpec
+from pipeline.training.distilling.runs import StudentSpec
 from singer.errors import UserError
 
 FAN = {

@@ -26,7 +26,7 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.stages.finetune import finetune
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.labelled import LabelledLoader
+from pipeline.training.finetuning.labelled import LabelledLoader
 from pipeline.training.run_log import read_log
 from singer.errors import UserError
 

@@ -18,8 +18,8 @@ from pipeline.data.views import normalise
 from pipeline.models.backbone import save_backbone
 from pipeline.stages.finetune import finetune, teacher_of_labels
 from pipeline.training.batch import Batch
-from pipeline.training.classifier import Classifier
-from pipeline.training.head_teacher import HeadTeacher
+from pipeline.training.finetuning.classifier import Classifier
+from pipeline.training.finetuning.head_teacher import HeadTeacher
 from pipeline.training.run_directory import load_result
 from singer.errors import UserError
 

@@ -19,11 +19,11 @@ from pipeline.config import Config, dump_config, load_config
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
-from pipeline.training.cached_teachers import open_images
-from pipeline.training.image_scores import image_scores, prototype_distance
-from pipeline.training.stored_refiners import load_refiner
-from pipeline.training.student_scores import StudentScores
-from pipeline.training.subset import split_images
+from pipeline.training.distilling.cached_teachers import open_images
+from pipeline.training.distilling.image_scores import image_scores, prototype_distance
+from pipeline.training.distilling.student_scores import StudentScores
+from pipeline.training.distilling.subset import split_images
+from pipeline.training.refining.stored_refiners import load_refiner
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -47,8 +47,8 @@ def test_distance_from_prototypes(world: Path, monkeypatch: pytest.MonkeyPatch) 
     # Directions count, and not lengths.
     lengths = rng.uniform(0.1, 10, (100, 1))
     planted = torch.from_numpy(lengths * np.concatenate([tokens, odd])).float()
-    monkeypatch.setattr("pipeline.training.image_scores._IMAGES_OF_A_CLUSTER", 50)
-    monkeypatch.setattr("pipeline.training.image_scores.batches", lambda *_: iter([{3: planted[:, None]}]))
+    monkeypatch.setattr("pipeline.training.distilling.image_scores._IMAGES_OF_A_CLUSTER", 50)
+    monkeypatch.setattr("pipeline.training.distilling.image_scores.batches", lambda *_: iter([{3: planted[:, None]}]))
     found = prototype_distance(Cache(world / "cache", blocks=[3]), np.arange(100), seeded(0)).numpy()
     assert {*np.argsort(-found)[:2]} == {98, 99} and found[98:].min() > 0.2 > 0.01 > np.median(found)
 

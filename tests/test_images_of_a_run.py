@@ -16,12 +16,12 @@ from pipeline.data import relocate
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
-from pipeline.training.distiller import Distiller
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.subset import split_images
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching, explained_variance, squares
 from pipeline.training.run_log import read_log
 from pipeline.training.schedule import token_share
-from pipeline.training.subset import split_images
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching, explained_variance, squares
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.patch_dropout import install

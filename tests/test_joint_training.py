@@ -14,11 +14,11 @@ from pipeline.cache.stored import Decoded
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.training.batch import Batch
-from pipeline.training.distiller import Distiller
-from pipeline.training.joint_training import new_joint
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.joint_training import new_joint
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.run_log import read_log
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
 
 

@@ -15,8 +15,8 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
-from pipeline.training.cached_teachers import open_teachers
-from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.distilling.cached_teachers import open_teachers
+from pipeline.training.distilling.runs import NewStudent, StudentSpec
 from pipeline.training.student_run import StudentRun
 from singer.backbones import count_parameters
 from singer.errors import UserError

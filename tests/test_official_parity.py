@@ -23,10 +23,10 @@ from pipeline.cache.stored import Decoded
 from pipeline.config import RefineConfig
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
-from pipeline.training.distiller import Distiller
-from pipeline.training.joint_training import JointTraining
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.joint_training import JointTraining
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
 from singer.cleaners import Adapter, BlockSpec

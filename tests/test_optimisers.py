@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from pipeline.cache.reader import Cache
 from pipeline.config import StudentConfig, load_config
 from pipeline.students.new import new_student
-from pipeline.training.distiller import Distiller
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.joint_training import new_joint
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.fsdp import WholeOptimiser
-from pipeline.training.joint_training import new_joint
 from pipeline.training.optimisers import decay_groups, new_optimiser
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
 from tests.conftest import seeded
 

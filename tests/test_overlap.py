@@ -17,10 +17,10 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
 from pipeline.training.batch import Batch, BatchLoader
-from pipeline.training.cached_teachers import open_teachers
+from pipeline.training.distilling.cached_teachers import open_teachers
+from pipeline.training.distilling.runs import NewStudent, StudentSpec
 from pipeline.training.other_views import OtherViews
 from pipeline.training.run_log import read_log
-from pipeline.training.runs import NewStudent, StudentSpec
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, ObjectiveContext, Tokens

@@ -17,9 +17,9 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.distill import distill
 from pipeline.storage.tensors import read_tensors
 from pipeline.training.batch import Batch, BatchLoader
-from pipeline.training.cached_teachers import open_teachers
+from pipeline.training.distilling.cached_teachers import open_teachers
+from pipeline.training.distilling.runs import NewStudent, StudentSpec
 from pipeline.training.run_log import read_log
-from pipeline.training.runs import NewStudent, StudentSpec
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, ObjectiveContext

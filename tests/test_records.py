@@ -33,8 +33,8 @@ from pipeline.stages.refine import refine
 from pipeline.storage import LocalStore, open_store
 from pipeline.storage.json_files import json_bytes, sealed
 from pipeline.students.new import new_student
-from pipeline.training.stored_refiners import load_refiner
-from pipeline.training.targets import Targets
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.refining.stored_refiners import load_refiner
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.tokens import take_patches

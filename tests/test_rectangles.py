@@ -33,7 +33,7 @@ from pipeline.stages.refine import refine
 from pipeline.stages.report import report
 from pipeline.students.export_formats import Student
 from pipeline.teachers.teacher import load_teacher
-from pipeline.training.cached_teachers import open_images
+from pipeline.training.distilling.cached_teachers import open_images
 from singer import Description
 from singer.backbones import block_outputs
 from singer.described import as_backbone

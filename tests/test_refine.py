@@ -16,11 +16,11 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.storage.json_files import read_json
-from pipeline.training import adapter_fit
-from pipeline.training.adapter_fit import batch_order
-from pipeline.training.refiner_fit import RefinerFit
+from pipeline.training.refining import adapter_fit
+from pipeline.training.refining.adapter_fit import batch_order
+from pipeline.training.refining.refiner_fit import RefinerFit
+from pipeline.training.refining.stored_refiners import load_refiner, split_records
 from pipeline.training.run_log import read_log
-from pipeline.training.stored_refiners import load_refiner, split_records
 from singer.artifacts import patch_norms
 from singer.cleaners import BlockSpec
 from singer.errors import UserError

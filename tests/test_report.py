@@ -26,8 +26,8 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.report import ReportResult, report
+from pipeline.training.refining.stored_refiners import load_refiner
 from pipeline.training.run_directory import find_runs
-from pipeline.training.stored_refiners import load_refiner
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.maps import cosine_to, principal_scores, turn_towards

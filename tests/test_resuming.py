@@ -14,9 +14,9 @@ from pipeline.outputs.provenance import file_hash
 from pipeline.stages.distill import distill, fan_out
 from pipeline.stages.refine import refine
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.distilling.runs import StudentSpec
+from pipeline.training.refining.stored_refiners import REFINER
 from pipeline.training.run_log import read_log
-from pipeline.training.runs import StudentSpec
-from pipeline.training.stored_refiners import REFINER
 from pipeline.training.student_run import StudentRun
 from singer.errors import UserError
 

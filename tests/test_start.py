@@ -23,11 +23,11 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
-from pipeline.training.cached_teachers import open_teachers
-from pipeline.training.distiller import Distiller
-from pipeline.training.runs import NewStudent, StudentSpec
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.distilling.cached_teachers import open_teachers
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.runs import NewStudent, StudentSpec
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
 from singer.projectors import PROJECTORS, ProjectorSpec
 from singer.selection import chosen_blocks, even, misfit, select_weights

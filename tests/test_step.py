@@ -24,14 +24,14 @@ from pipeline.runtime.progress import Meter
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.training.batch import Batch, BatchLoader
-from pipeline.training.cached_teachers import open_images
-from pipeline.training.distiller import Distiller
-from pipeline.training.mixing import Mixing
+from pipeline.training.distilling.cached_teachers import open_images
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.finetuning.mixing import Mixing
 from pipeline.training.optimisers import new_optimiser
-from pipeline.training.stored_refiners import load_refiner
+from pipeline.training.refining.stored_refiners import load_refiner
 from pipeline.training.student_run import fetched
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.to_device import on_device
 from singer.errors import UserError
 from singer.lora import train_low_rank

@@ -135,6 +135,14 @@ def test_importers_are_on_top_of_the_readers_of_images() -> None:
     assert not [file for file in readers if any("importers" in module for module in modules_of(file))]
 
 
+def test_the_loop_does_not_know_what_it_trains() -> None:
+    """Only distilling, which can train adapters with the student, knows another of the three."""
+    for room, known in (("", ""), ("refining", ""), ("finetuning", ""), ("distilling", "refining")):
+        for file in (ROOT / "pipeline" / "training" / room).glob("*.py"):
+            there = {name.split(".")[2] for name in modules_of(file) if name.startswith("pipeline.training.")}
+            assert there & {"refining", "finetuning", "distilling"} <= {room, known}, file
+
+
 def test_no_module_imports_itself_through_others() -> None:
     """Wherever an import is, also in a function or for type checkers alone."""
     files = [ROOT / "cli.py", *(f for room in ("pipeline", "singer") for f in (ROOT / room).rglob("*.py"))]

@@ -12,8 +12,8 @@ from pipeline.models.backbone import Backbone
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
 from singer.projectors import Ladder, ProjectorSpec
 
 DEFAULTS = ("distill.projector=null", "distill.token_share=null", "distill.epochs=1")

@@ -27,8 +27,8 @@ from pipeline.stages.distill import fan_out
 from pipeline.sweeps.file import make_plan
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.run import sweep
+from pipeline.training.distilling.runs import StudentSpec
 from pipeline.training.run_directory import DistillResult
-from pipeline.training.runs import StudentSpec
 from singer.errors import UserError
 
 

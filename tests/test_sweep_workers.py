@@ -22,8 +22,8 @@ from pipeline.stages.distill import fan_out
 from pipeline.sweeps.jobs import Job, Member, SweepContext
 from pipeline.sweeps.run import gpus
 from pipeline.sweeps.worker import Worker
+from pipeline.training.distilling.runs import StudentSpec
 from pipeline.training.run_directory import DistillResult
-from pipeline.training.runs import StudentSpec
 from singer.errors import UserError
 
 

@@ -22,13 +22,13 @@ from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from pipeline.sweeps.run import sweep
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.distiller import Distiller
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.runs import StudentSpec
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.refining.stored_refiners import load_refiner
 from pipeline.training.run_directory import load_result
 from pipeline.training.run_log import read_log
-from pipeline.training.runs import StudentSpec
-from pipeline.training.stored_refiners import load_refiner
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
 
 CPU = torch.device("cpu")

@@ -21,9 +21,9 @@ from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.sweeps.run import sweep
 from pipeline.training.batch import Batch
-from pipeline.training.distiller import Distiller, teacher_shares
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching, attention_of
+from pipeline.training.distilling.distiller import Distiller, teacher_shares
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching, attention_of
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import Mixture, Tokens
@@ -111,7 +111,9 @@ def test_teachers_that_agree_teach_the_same(world: Path, objective: str) -> None
 
 def test_shares_are_those_of_each_teacher(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = two_branches(world, "mse", drop=0.5)
-    monkeypatch.setattr("pipeline.training.distiller.teacher_shares", lambda *_: torch.tensor([[2.0, 2.0], [0.0, 0.0]]))
+    monkeypatch.setattr(
+        "pipeline.training.distilling.distiller.teacher_shares", lambda *_: torch.tensor([[2.0, 2.0], [0.0, 0.0]])
+    )
     found, none = model.train()(batch)
     plain, errors = model.eval()(batch)
     assert not none and errors.keys() == {"a.2", "a.3", "b.2", "b.3", "tokens"}
@@ -208,7 +210,7 @@ def test_weights_of_other_blocks_are_refused_before_a_model_is_loaded(
 ) -> None:
     wrong, out = "distill.block_weights=[1]", tmp_path / "out"
     message = r"distill\.block_weights: 1 weights for 2 blocks; give one for each of {}"
-    monkeypatch.setattr("pipeline.training.runs.new_student", None)
+    monkeypatch.setattr("pipeline.training.distilling.runs.new_student", None)
     with pytest.raises(UserError, match=message.format("2, 3")):
         distill(world_config(world, wrong), world / "cache", out)
     with pytest.raises(UserError, match=r"distill\.objective: 2 given for 1 --cache"):

@@ -26,9 +26,9 @@ from pipeline.stages.refine import refine
 from pipeline.stages.report import report
 from pipeline.stages.verify import verify
 from pipeline.sweeps.run import sweep
-from pipeline.training.cached_teachers import open_images
+from pipeline.training.distilling.cached_teachers import open_images
+from pipeline.training.refining.stored_refiners import load_refiner, read_refiner
 from pipeline.training.run_directory import load_result
-from pipeline.training.stored_refiners import load_refiner, read_refiner
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -252,7 +252,7 @@ def test_a_name_that_became_ambiguous_does_not_stop_what_was_begun(
         patch.setattr("pipeline.stages.refine.fit_adapters", die)
         refine(config, place, tmp_path / "adapters")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("pipeline.training.runs.train", die)
+        patch.setattr("pipeline.training.distilling.runs.train", die)
         distill(config, place, tmp_path / "run")
     first = Cache(place).id
     add(world, world_config(world, "cache.precision=bf16"), place)

@@ -20,10 +20,10 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import Meter
 from pipeline.stages.refine import refine
 from pipeline.training.batch import Batch, BatchLoader
-from pipeline.training.cached_teachers import open_images, open_teachers
+from pipeline.training.distilling.cached_teachers import open_images, open_teachers
+from pipeline.training.distilling.runs import NewStudent, StudentSpec
 from pipeline.training.learner import Learner
 from pipeline.training.optimisers import new_optimiser
-from pipeline.training.runs import NewStudent, StudentSpec
 from pipeline.training.to_device import StartedSteps, on_device
 
 _STUDENTS = {"vit_small_patch16_224": 256, "vit_tiny_patch16_224": 256, "resnet50": 256}

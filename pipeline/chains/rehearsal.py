@@ -16,11 +16,11 @@ from pipeline.runtime.watched_rank import watched
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import check_shared, check_spec
 from pipeline.stages.refine import refine
-from pipeline.training.cached_teachers import open_teachers
+from pipeline.training.distilling.cached_teachers import open_teachers
+from pipeline.training.distilling.image_scores import check_scores
+from pipeline.training.distilling.runs import NewStudent, StudentSpec
+from pipeline.training.distilling.subset import image_counts
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.image_scores import check_scores
-from pipeline.training.runs import NewStudent, StudentSpec
-from pipeline.training.subset import image_counts
 from singer.errors import UserError
 
 REHEARSAL = "rehearsal"

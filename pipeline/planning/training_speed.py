@@ -24,8 +24,8 @@ from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
 from pipeline.storage import Place, is_remote
 from pipeline.training.batch import Batch, BatchLoader
-from pipeline.training.cached_teachers import open_images, open_teachers
-from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.distilling.cached_teachers import open_images, open_teachers
+from pipeline.training.distilling.runs import NewStudent, StudentSpec
 from pipeline.training.to_device import on_device
 from singer.errors import UserError
 from singer.tokens import take_patches

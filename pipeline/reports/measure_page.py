@@ -22,7 +22,7 @@ from pipeline.reports.measurements import (
 from pipeline.reports.runs import RefinerSource, Trained
 from pipeline.reports.seeds import SeedGroup
 from pipeline.runtime.devices import default_device
-from pipeline.training.stored_refiners import read_refiner
+from pipeline.training.refining.stored_refiners import read_refiner
 from singer.artifacts import robust_threshold
 from singer.sizes import Size
 

@@ -18,8 +18,8 @@ from pipeline.reports.runs import RefinerSource, Trained
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors
+from pipeline.training.refining.stored_refiners import load_refiner, read_refiner
 from pipeline.training.run_directory import ADAPTERS
-from pipeline.training.stored_refiners import load_refiner, read_refiner
 from singer.artifacts import patch_norms
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError

@@ -15,7 +15,7 @@ from pipeline.models.names import HF, LOCAL
 from pipeline.outputs.provenance import read_inputs, read_versions
 from pipeline.runtime.machine import versions
 from pipeline.storage.json_files import read_as, read_json
-from pipeline.training.cached_teachers import numbered
+from pipeline.training.distilling.cached_teachers import numbered
 from pipeline.training.run_directory import DistillResult, TeacherLink
 from pipeline.training.schedule import peak_rate
 from singer.backbones import depth, final_norm, patch_size

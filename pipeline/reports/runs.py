@@ -10,9 +10,9 @@ from pipeline.config import Config, keys, load_config, section_of
 from pipeline.outputs.provenance import file_hash, read_inputs, read_versions
 from pipeline.outputs.resuming import CONFIG
 from pipeline.storage import Place
-from pipeline.training.cached_teachers import cache_of_run
+from pipeline.training.distilling.cached_teachers import cache_of_run
+from pipeline.training.refining.stored_refiners import find_refiner, read_refiner
 from pipeline.training.run_directory import ADAPTERS, DistillResult, TeacherLink, load_result, load_run_config
-from pipeline.training.stored_refiners import find_refiner, read_refiner
 from singer.errors import UserError
 
 

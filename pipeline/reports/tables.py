@@ -18,8 +18,8 @@ from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup
 from pipeline.runtime.progress import duration
 from pipeline.storage.json_files import read_json
+from pipeline.training.refining.stored_refiners import METRICS
 from pipeline.training.run_directory import LOG
-from pipeline.training.stored_refiners import METRICS
 from singer.backbones import count_parameters
 from singer.suffix import outline
 

@@ -24,7 +24,7 @@ from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, own_settings, with_precision
 from pipeline.runtime.watched_rank import watched
-from pipeline.training.cached_teachers import (
+from pipeline.training.distilling.cached_teachers import (
     CachedTeacher,
     Places,
     Refiners,
@@ -33,10 +33,10 @@ from pipeline.training.cached_teachers import (
     open_images,
     open_teachers,
 )
+from pipeline.training.distilling.runs import NewStudent, StudentSpec, train_students
+from pipeline.training.distilling.subset import split_images
 from pipeline.training.fsdp import check_fsdp
 from pipeline.training.run_directory import STAGE, DistillResult, resumed_result
-from pipeline.training.runs import NewStudent, StudentSpec, train_students
-from pipeline.training.subset import split_images
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 

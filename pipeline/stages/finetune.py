@@ -42,12 +42,13 @@ from pipeline.storage.json_files import write_json
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
-from pipeline.training.cached_teachers import cache_of_run, cached_weights
-from pipeline.training.classifier import Classifier
+from pipeline.training.distilling.cached_teachers import cache_of_run, cached_weights
+from pipeline.training.distilling.subset import held_out_images
+from pipeline.training.finetuning.classifier import Classifier
+from pipeline.training.finetuning.head_teacher import HeadTeacher
+from pipeline.training.finetuning.labelled import LabelledLoader
+from pipeline.training.finetuning.mixing import Mixing
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.head_teacher import HeadTeacher
-from pipeline.training.labelled import LabelledLoader
-from pipeline.training.mixing import Mixing
 from pipeline.training.new_student_run import new_student_run
 from pipeline.training.run_directory import (
     ADAPTERS,
@@ -59,7 +60,6 @@ from pipeline.training.run_directory import (
     resumed_result,
     write_result,
 )
-from pipeline.training.subset import held_out_images
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
 from singer.backbones import count_parameters

@@ -28,8 +28,8 @@ from pipeline.runtime.devices import default_device, own_settings
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.json_files import write_json
-from pipeline.training.cached_teachers import open_images
-from pipeline.training.stored_refiners import OPTION, load_refiner, open_refined, read_refiner, split_records
+from pipeline.training.distilling.cached_teachers import open_images
+from pipeline.training.refining.stored_refiners import OPTION, load_refiner, open_refined, read_refiner, split_records
 from singer.artifacts import norm_summary, patch_norms
 from singer.diagnostics import (
     artifact_direction,

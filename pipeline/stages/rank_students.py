@@ -24,7 +24,7 @@ from pipeline.runtime.devices import own_settings
 from pipeline.runtime.progress import say
 from pipeline.storage import Place
 from pipeline.students.new import new_student
-from pipeline.training.cached_teachers import open_images
+from pipeline.training.distilling.cached_teachers import open_images
 from singer.backbones import block_outputs, count_parameters, depth
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size

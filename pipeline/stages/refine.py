@@ -28,9 +28,9 @@ from pipeline.runtime.watched_rank import watched
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as, read_json, write_json
 from pipeline.storage.tensors import write_tensors
-from pipeline.training.adapter_fit import diverged, fit_adapters, groups, load_fitted
-from pipeline.training.refiner_fit import RefinerFit
-from pipeline.training.stored_refiners import (
+from pipeline.training.refining.adapter_fit import diverged, fit_adapters, groups, load_fitted
+from pipeline.training.refining.refiner_fit import RefinerFit
+from pipeline.training.refining.stored_refiners import (
     METRICS,
     OPTION,
     REFINER,

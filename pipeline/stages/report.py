@@ -22,7 +22,7 @@ from pipeline.reports.seeds import group_runs
 from pipeline.reports.tables import ReportRow
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.json_files import read_json
-from pipeline.training.cached_teachers import open_images
+from pipeline.training.distilling.cached_teachers import open_images
 from pipeline.training.run_directory import find_runs
 from singer.errors import UserError
 

@@ -17,8 +17,8 @@ from pipeline.stages.distill import fan_out
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.storage import Place
+from pipeline.training.distilling.runs import StudentSpec
 from pipeline.training.run_directory import RUNS
-from pipeline.training.runs import StudentSpec
 
 REFINERS = "refiners"
 

@@ -36,10 +36,17 @@ from pipeline.sweeps.jobs import REFINERS, Job, Member, SweepContext, as_list, a
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.scheduler import Scheduler
 from pipeline.sweeps.worker import Worker
-from pipeline.training.cached_teachers import Places, as_places, check_records, numbered, open_images, open_teachers
-from pipeline.training.new_distiller import check_student
+from pipeline.training.distilling.cached_teachers import (
+    Places,
+    as_places,
+    check_records,
+    numbered,
+    open_images,
+    open_teachers,
+)
+from pipeline.training.distilling.new_distiller import check_student
+from pipeline.training.distilling.runs import StudentSpec
 from pipeline.training.run_directory import RUNS
-from pipeline.training.runs import StudentSpec
 from pipeline.training.trackers import check_trackers
 from singer.errors import UserError
 

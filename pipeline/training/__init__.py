@@ -1,1 +1,1 @@
-"""From cached features to a student: refiners, targets, the loop, the folder of a run."""
+"""The training loop with the folder of a run, and what it trains: refining, distilling and finetuning."""

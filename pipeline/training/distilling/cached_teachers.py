@@ -17,8 +17,8 @@ from pipeline.outputs.provenance import file_hash
 from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.storage import Place
 from pipeline.students.start import TeacherWeights
+from pipeline.training.refining.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from pipeline.training.run_directory import TeacherLink, load_result, nearby
-from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
 
 # A single value is for a single teacher. A list has one value for each teacher, in the order of the caches.

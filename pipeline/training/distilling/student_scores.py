@@ -16,12 +16,12 @@ from pipeline.outputs.provenance import read_inputs
 from pipeline.runtime.progress import meter, say
 from pipeline.storage.tensors import read_matrix, read_tensors
 from pipeline.training.batch import BatchLoader
-from pipeline.training.cached_teachers import open_images
-from pipeline.training.distiller import Distiller
+from pipeline.training.distilling.cached_teachers import open_images
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.refining.stored_refiners import find_refiner, load_refiner
 from pipeline.training.run_directory import PROJECTORS_FILE, DistillResult, TeacherLink, load_result, load_run_config
-from pipeline.training.stored_refiners import find_refiner, load_refiner
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.to_device import on_device
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES

@@ -19,7 +19,7 @@ from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors, write_tensors
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.refiner_fit import RefinerFit
+from pipeline.training.refining.refiner_fit import RefinerFit
 from pipeline.training.run_log import RunLog
 from singer.adapter_losses import COUPLED, RefinementBatch, adapter_losses
 from singer.errors import UserError

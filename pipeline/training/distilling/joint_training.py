@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.cache.reader import Cache
 from pipeline.config import RefineConfig
 from pipeline.training.batch import Batch
-from pipeline.training.refiner_fit import RefinerFit
+from pipeline.training.refining.refiner_fit import RefinerFit
 from singer.adapter_losses import RefinementBatch, adapter_losses
 from singer.artifacts import BlockScale
 from singer.refiner import Refiner

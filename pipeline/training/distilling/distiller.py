@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from pipeline.config import DistillConfig
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
+from pipeline.training.distilling.teacher_branch import BatchTargets, TeacherBranch, errors, explained_variance
 from pipeline.training.learner import TOKENS, Learner
 from pipeline.training.schedule import token_share
-from pipeline.training.teacher_branch import BatchTargets, TeacherBranch, errors, explained_variance
 from singer.backbones import block_outputs, freeze_unused
 from singer.errors import UserError
 from singer.objectives import Tokens

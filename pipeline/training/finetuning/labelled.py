@@ -18,8 +18,8 @@ from pipeline.data.sampler import BatchIndices
 from pipeline.data.views import apply_view, crop_view, draw_view
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Meter
-from pipeline.training.augmentation import augment
 from pipeline.training.batch import Batch
+from pipeline.training.finetuning.augmentation import augment
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
 

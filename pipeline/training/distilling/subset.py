@@ -13,8 +13,8 @@ from pipeline.cache.statistics import first_views
 from pipeline.config import DistillConfig, TrainingConfig
 from pipeline.data import Spec
 from pipeline.runtime.ranks import current
-from pipeline.training.image_scores import check_scores, image_scores
-from pipeline.training.student_scores import StudentScores
+from pipeline.training.distilling.image_scores import check_scores, image_scores
+from pipeline.training.distilling.student_scores import StudentScores
 from singer.errors import UserError
 
 # More records would say no more, and take time after every epoch.

@@ -11,13 +11,13 @@ from pipeline.storage.tensors import read_matrix
 from pipeline.students.new import new_student
 from pipeline.students.start import start_student
 from pipeline.training.batch_norm import check_parts
-from pipeline.training.cached_teachers import CachedTeacher, cached_weights
-from pipeline.training.distiller import Distiller
-from pipeline.training.joint_training import new_joint
+from pipeline.training.distilling.cached_teachers import CachedTeacher, cached_weights
+from pipeline.training.distilling.distiller import Distiller
+from pipeline.training.distilling.joint_training import new_joint
+from pipeline.training.distilling.subset import image_counts, image_scorer, split_images
+from pipeline.training.distilling.targets import Targets
+from pipeline.training.distilling.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.other_views import OtherViews
-from pipeline.training.subset import image_counts, image_scorer, split_images
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.backbones import depth, freeze_others
 from singer.lora import train_low_rank
 from singer.matching import match_blocks

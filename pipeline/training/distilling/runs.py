@@ -29,9 +29,11 @@ from pipeline.students.start import start_student, starts_as_blocks
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
-from pipeline.training.cached_teachers import CachedTeacher, Refiners, cached_weights, input_hashes
-from pipeline.training.new_distiller import new_distiller
+from pipeline.training.distilling.cached_teachers import CachedTeacher, Refiners, cached_weights, input_hashes
+from pipeline.training.distilling.new_distiller import new_distiller
+from pipeline.training.distilling.subset import Split, split_images
 from pipeline.training.new_student_run import new_student_run
+from pipeline.training.refining.stored_refiners import load_refiner
 from pipeline.training.run_directory import (
     ADAPTERS,
     PROJECTORS_FILE,
@@ -41,9 +43,7 @@ from pipeline.training.run_directory import (
     write_result,
 )
 from pipeline.training.schedule import layer_decay
-from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import StudentRun
-from pipeline.training.subset import Split, split_images
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
 from singer.backbones import count_parameters, depth

@@ -8,7 +8,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import clean_moments, evenly_spaced, gather_context, measure_scales
 from pipeline.config import RefineConfig
 from pipeline.runtime.progress import say
-from pipeline.training.stored_refiners import empty_refiner
+from pipeline.training.refining.stored_refiners import empty_refiner
 from singer.adapter_losses import COUPLED
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS, Adapter

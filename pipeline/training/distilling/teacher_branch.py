@@ -11,8 +11,8 @@ from pipeline.cache.stored import Decoded, Encoded
 from pipeline.models.backbone import Backbone
 from pipeline.models.student_exits import has_exit
 from pipeline.training.batch import Batch
-from pipeline.training.joint_training import JointTraining
-from pipeline.training.targets import Targets
+from pipeline.training.distilling.joint_training import JointTraining
+from pipeline.training.distilling.targets import Targets
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Tokens
 from singer.objectives.relation import makes_attention, queries_keys_values

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
-from pipeline.training.head_teacher import HeadTeacher
+from pipeline.training.finetuning.head_teacher import HeadTeacher
+from pipeline.training.finetuning.mixing import Mixing
 from pipeline.training.learner import Learner
-from pipeline.training.mixing import Mixing
 from singer.backbones import freeze_unused
 
 

@@ -1,0 +1,1 @@
+"""Fine-tuning with labels: its batches, its views, its losses."""
