@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import world_config
 
+import pipeline.stages.cache_teacher as stage
 from pipeline.cache import batch_size
 from pipeline.cache.batch_size import LEAST, MOST, measure, rate_on_gpu, useful_size
 from pipeline.cache.format import JOURNAL
@@ -86,10 +87,8 @@ def test_a_cache_that_is_continued_keeps_its_batch_size(
 ) -> None:
     shards, place = str(world / "train" / "*.tar"), tmp_path / "c"
     used: list[Config] = []
-    fill = cache_teacher.__globals__["fill_segments"]
-    monkeypatch.setitem(
-        cache_teacher.__globals__, "fill_segments", lambda s, e, *a: used.append(e.config) or fill(s, e, *a)
-    )
+    fill = stage.fill_segments
+    monkeypatch.setattr(stage, "fill_segments", lambda s, e, *a: used.append(e.config) or fill(s, e, *a))
     cache_teacher(world_config(world, "cache.batch_size=9"), shards, place)
     (journal, *_) = [name for name in open_store(place).sizes() if name.startswith(JOURNAL)]
     (place / journal).unlink()

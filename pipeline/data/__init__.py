@@ -1,4 +1,10 @@
-"""Images: where they come from, and each of them by its number."""
+"""Images: where they come from, and each of them by its number.
+
+What a user names (a Spec) is resolved to sources: tars, folders, lists, tables (specs, tars, sources/). Each gives a
+SourceListing, columns of its samples, and image_index joins these to Images: the place of every image of a data set.
+ImageFile reads one by its number. `prepare` needs more than that: importers/ read a folder or a known data set as a
+Listing of entries, with masks, depth maps and names of classes, which are then packed into shards.
+"""
 
 from pipeline.data.decoding import decode, decode_rgb, named_errors
 from pipeline.data.image_index import OnError, index_beside, index_images, list_images, list_probe_images
