@@ -134,7 +134,7 @@ def test_who_loses_the_lock_stops(url: str) -> None:
     with pytest.raises(UserError, match=f"{url} has been taken over by another run"), store.lock():
         part.write("mine", b"1")
         obstore.put(raw(url), LOCK, b"other process 8\ntoken 1")
-        while not locks.lost:
+        while not locks.held[url].lost:
             time.sleep(0.01)
         other.write("free", b"1")
         for victim in (part, open_store(url)):
@@ -146,7 +146,30 @@ def test_who_loses_the_lock_stops(url: str) -> None:
     obstore.delete(raw(url), LOCK)
     with pytest.raises(UserError, match="has been taken over"), store.lock():
         obstore.delete(raw(url), LOCK)
-    assert not locks.lost
+    assert not locks.held
+
+
+def test_what_an_ended_stage_still_finds_out_does_not_stop_the_next(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage ends a stage while its thread renews the lock, which another process removes."""
+    store, renew, began, goes_on = open_store(url), locks.RemoteLock.renew, threading.Event(), threading.Event()
+
+    def late(lock: locks.RemoteLock) -> None:
+        if not began.is_set():
+            began.set()
+            assert goes_on.wait(60)
+        renew(lock)
+
+    monkeypatch.setattr(locks.RemoteLock, "renew", late)
+    with pytest.raises(OSError, match="out of reach"), store.lock():
+        assert began.wait(60)
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == "lock"]
+        raise OSError("out of reach")
+    obstore.delete(raw(url), LOCK)
+    with store.lock():
+        goes_on.set()
+        thread.join()
+        store.write("a", b"1")
+    assert store.sizes() == {"a": 1}
 
 
 def test_a_lost_answer_loses_no_lock(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

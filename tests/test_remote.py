@@ -206,7 +206,7 @@ def test_who_loses_the_lock_writes_no_more(world: Path, monkeypatch: pytest.Monk
     def write(store: Store, *args: object) -> None:
         real_write_zarr_shard(store, *args)  # type: ignore[arg-type]
         raw(place).put("writer.lock", b"other process 8\ntoken 1")
-        while not locks.lost:
+        while not locks.held[place].lost:
             time.sleep(0.01)
 
     monkeypatch.setattr("pipeline.cache.background_writer.write_zarr_shard", write)

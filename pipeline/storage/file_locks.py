@@ -84,14 +84,14 @@ def _opened(path: Path, place: Path) -> TextIO:
         ) from None
 
 
-# The folders whose lock file this process has lost to another run.
-lost: set[Path] = set()
+# The lock files of running stages, by their folders.
+held: dict[Path, "LockFile"] = {}
 
 
 def check(path: Path) -> None:
     """Raise UserError if this process has lost the lock of a folder, or of one above it."""
-    for folder in tuple(lost):
-        if folder == path or folder in path.parents:
+    for folder, lock in tuple(held.items()):
+        if lock.lost and (folder == path or folder in path.parents):
             raise UserError(
                 f"{folder} has been taken over by another run, because this one did not renew its lock file for "
                 f"{SECONDS:.0f} s; continue with --resume when the other run has ended"
@@ -101,29 +101,30 @@ def check(path: Path) -> None:
 class LockFile:
     """`with LockFile(folder)`: a lock that needs no more than a file that only one process can create.
 
-    The file `.NAME.holder` beside the folder names its holder, which renews the file's time while it lives. Raises
-    UserError if another run holds it.
+    The file `.NAME.holder` beside the folder names its holder, which renews the file's time while it lives. lost:
+    another run has taken it. Raises UserError if another run holds it.
     """
 
     def __init__(self, folder: Path) -> None:
         place = folder.resolve()
         self._folder, self._path = folder, place.parent / f".{place.name}.holder"
         self._own = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
-        self._end = threading.Event()
+        self._end, self.lost = threading.Event(), False
 
     def __enter__(self) -> "LockFile":
-        lost.discard(self._folder)
         if not self._create():
             self._remove_of_the_dead()
-            held = self._create()
+            created = self._create()
             time.sleep(SECONDS / 60)  # another run that found the same dead holder may remove what was just created
-            if not held or self._content() != self._own:
+            if not created or self._content() != self._own:
                 raise UserError(f"{self._folder} is being written by another run")
+        held[self._folder] = self
         threading.Thread(target=self._renew, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
+        del held[self._folder]
         if self._content() == self._own:
             self._path.unlink(missing_ok=True)
 
@@ -157,8 +158,8 @@ class LockFile:
             with suppress(OSError):
                 if self._content() == self._own:
                     os.utime(self._path)
-                elif not self._end.is_set():
-                    lost.add(self._folder)
+                else:
+                    self.lost = True
                     return
 
     def _content(self) -> str:

@@ -23,12 +23,13 @@ _TRIES = 3
 
 
 class RemoteLock:
-    """An object that only the writer of its last version replaces."""
+    """An object that only the writer of its last version replaces. lost: another run has taken it."""
 
     def __init__(self, client: "ObjectStore", key: str) -> None:
         self._client, self._key = client, key
         self._holder = f"{socket.gethostname()} process {os.getpid()}"
         self._token, self._count = secrets.token_hex(8), 0
+        self.lost = False
         self._version: UpdateVersion = {}
 
     def take(self, place: str) -> None:
@@ -45,9 +46,9 @@ class RemoteLock:
         if not self._put("create" if now is None or now != first else now[1]):
             raise UserError(f"{place} is being written by another run ({(now or first or ('unknown',))[0]})")
 
-    def renew(self) -> bool:
-        """Renew the lock. Return False if another run has taken it."""
-        return self._put(self._version)
+    def renew(self) -> None:
+        """Renew the lock, or find that it is lost."""
+        self.lost = not self._put(self._version)
 
     def _put(self, mode: "PutMode") -> bool:
         """Write the next version of the lock. Return False if the mode does not allow it."""
@@ -88,14 +89,15 @@ class RemoteLock:
         return data.decode(errors="replace").partition("\n")[0], _version(found.meta)
 
 
-# The URLs of the stores at which this process has lost the lock. A run opens its store more than once.
-lost: set[str] = set()
+# The locks of running stages, by the URLs of their stores; a stage opens its store more than once. What the thread of a
+# stage that has ended still finds out about its lock says nothing about the next one's.
+held: dict[str, RemoteLock] = {}
 
 
 def check(url: str) -> None:
     """Raise UserError if this process has lost the lock of the store at `url`, or of one above it."""
-    for place in tuple(lost):
-        if f"{url}/".startswith(f"{place}/"):
+    for place, lock in tuple(held.items()):
+        if lock.lost and f"{url}/".startswith(f"{place}/"):
             raise UserError(
                 f"{place} has been taken over by another run, because this one did not reach it for {SECONDS:.0f} s; "
                 "continue with --resume when the other run has ended"

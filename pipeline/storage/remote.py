@@ -219,12 +219,11 @@ class RemoteStore:
 
         def renew() -> None:
             with self._one_line():
-                if not lock.renew():
-                    locks.lost.add(self._url)
+                lock.renew()
             locks.check(self._url)
 
         def keep() -> None:
-            while self._url not in locks.lost and not released.wait(locks.SECONDS / 4):
+            while not lock.lost and not released.wait(locks.SECONDS / 4):
                 with suppress(UserError, OSError):  # after an outage, the next renewal may succeed
                     renew()
 
@@ -236,6 +235,7 @@ class RemoteStore:
 
         with self._one_line():
             lock.take(self._url)
+        locks.held[self._url] = lock
         thread = threading.Thread(target=keep, name="lock", daemon=True)
         thread.start()
         try:
@@ -250,7 +250,7 @@ class RemoteStore:
             release()
         finally:
             released.set()
-            locks.lost.discard(self._url)
+            del locks.held[self._url]
 
     def _repeat(self, action: Callable[[], Result], name: str = "") -> Result:
         """Repeat an action if the client's own retries do not fix its failure. Raises errors of one line."""
