@@ -84,8 +84,9 @@ def test_the_time_of_updates_counts_and_that_which_has_gone() -> None:
     """A step of Muon takes as long for a batch of 8 as for one of 128: small batches have many steps."""
     slow = replace(COSTS, update=0.5)
     choice = chooser(images=64, costs=slow, hours=0.05).choose()
-    steps = choice.sets["distill.epochs"] * (64 // choice.sets["distill.batch_size"])
-    assert choice.sets["views.count"] == 1 and choice.training_hours > 0.5 * steps / 3600
+    epoch = 64 * (1 / 25 + 1 / 100) + 64 // choice.sets["distill.batch_size"] * 0.5
+    assert choice.sets["views.count"] == 1 and choice.sets["distill.batch_size"] < 64
+    assert choice.training_hours == pytest.approx(choice.sets["distill.epochs"] * epoch / 3600)
     assert choice.hours <= 0.05 and "all else 30 s" in choice.forecast
     epochs = [chooser(hours=1.0, spent=spent).choose().sets["distill.epochs"] for spent in (0.0, 1200.0)]
     assert epochs[1] < epochs[0]
