@@ -5,6 +5,7 @@ from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.synchronize import Event
 
+# A process has one fork server and one list of what it imports first, which the last caller sets: all tests use this.
 _server = get_context("forkserver")
 _server.set_forkserver_preload([
     *("pipeline.stages.cache_teacher", "pipeline.stages.refine", "pipeline.stages.distill", "pipeline.planning.pilot"),

@@ -1,4 +1,4 @@
-"""What ranks do, good and bad, in processes of their own. Imports little, so that these start quickly."""
+"""What ranks do, good and bad, in processes of their own."""
 
 import os
 import signal

@@ -8,28 +8,24 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
 from conftest import tree_bytes
+from forked import forked
 from rank_fates import Work, dead, hanging, hanging_together, slow, slow_checkpoint, stopped, work
 from ranks import Fate, launch, start
 
 from pipeline.runtime.ranks import SECONDS, limit_seconds
 from singer.errors import UserError
 
-_processes = get_context("forkserver")
-_processes.set_forkserver_preload(["pipeline.runtime.watched_rank"])
-
 
 def run(folder: Path, world: int, victim: int, fate: Work) -> tuple[dict[int, int | None], list[str]]:
     """Exit codes of all but a victim that never ends, and what was said."""
-    places = [_processes.Pipe(duplex=False) for _ in range(world)]
+    places = [Pipe(duplex=False) for _ in range(world)]
     errs = [folder / str(rank) for rank in range(world)]
-    started = [
-        _processes.Process(target=work, args=(rank, world, victim, fate, places, errs[rank])) for rank in range(world)
-    ]
+    started = [forked(work, rank, world, victim, fate, places, errs[rank]) for rank in range(world)]
     for process in started:
         process.start()
     for rank, process in enumerate(started):
