@@ -238,17 +238,24 @@ def _suffix_model(model: nn.Module) -> nn.Module:
 
 def outline(architecture: str, model_args: Mapping[str, Any]) -> Any:
     """Build a model of timm or transformers without the values of its tensors, which takes no memory."""
-    with torch.device("meta"), _NoClamping():
+    with torch.device("meta"), _NoValues():
         if architecture.startswith(HF):
             return hf.build(architecture, model_args)
         return timm.create_model(architecture, pretrained=False, **model_args)
 
 
-class _NoClamping(TorchFunctionMode):
-    """Leaves out the clamping of initial weights, which takes most of the time of building a model without values."""
+# What writes initial weights in place.
+_WRITERS = {
+    *(Tensor.add_, Tensor.clamp_, Tensor.erfinv_, Tensor.fill_, Tensor.mul_),
+    *(Tensor.normal_, Tensor.uniform_, Tensor.zero_),
+}
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out initial weights, which take most of the time of building a model without values."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.clamp_ and args[0].is_meta:
+        if function in _WRITERS and args[0].is_meta:
             return args[0]
         return function(*args, **(kwargs or {}))
 
