@@ -1,5 +1,6 @@
 """Stage 2 on a cache with planted artifacts."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,25 @@ def test_same_seed_same_adapters(world: Path, config: Config, tmp_path: Path) ->
     assert (tmp_path / "other" / name).read_bytes() != (world / "adapters" / name).read_bytes()
 
 
+@pytest.fixture(scope="module")
+def clean(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the teacher/ and cache/ of a teacher without artifacts; tests only read it."""
+    root = tmp_path_factory.mktemp("clean")
+    save_backbone(vit := make_vit(), vit.model.state_dict(), root / "teacher")
+    cache_teacher(world_config(root), str(world / "train" / "*.tar"), root / "cache")
+    return root
+
+
 @pytest.mark.parametrize("cleaner", ["gated-adapter", "adapter", "neighbour", "projector"])
-def test_a_clean_teacher_costs_nothing(world: Path, tmp_path: Path, cleaner: str) -> None:
+def test_a_clean_teacher_costs_nothing(clean: Path, tmp_path: Path, cleaner: str) -> None:
     """Without artifacts the cleaners change clean tokens by less than 1 %, and so targets are those of `none`."""
-    save_backbone(vit := make_vit(), vit.model.state_dict(), tmp_path / "teacher")
-    made = {}
+    cache, made = Cache(clean / "cache"), {}
     for name in ("none", cleaner):
-        config = world_config(tmp_path, f"refine.cleaner={name}")
-        if name == "none":
-            cache_teacher(config, str(world / "train" / "*.tar"), tmp_path / "cache")
-        refine(config, tmp_path / "cache", tmp_path / name)
-        made[name] = load_refiner(tmp_path / name, Cache(tmp_path / "cache"))
+        refine(world_config(clean, f"refine.cleaner={name}"), clean / "cache", tmp_path / name)
+        made[name] = load_refiner(tmp_path / name, cache)
     blocks = read_json(tmp_path / cleaner, "metrics.json", "")["blocks"].values()
     assert all(b["before"]["artifact_percent"] == 0 and b["clean_drift_percent"] < 1 for b in blocks)
-    features = Cache(tmp_path / "cache").features(np.arange(50), CPU)
+    features = cache.features(np.arange(50), CPU)
     cleaned, plain = made[cleaner](features), made["none"](features)
     for block in features:
         assert (cleaned[block] - plain[block]).norm() < 0.01 * plain[block].norm()
@@ -123,16 +129,16 @@ def test_divergence_is_an_error(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "x", '{"cache": 1}'])
-def test_damaged_manifest_is_named(world: Path, config: Config, tmp_path: Path, content: str) -> None:
-    refine(config, world / "cache", tmp_path / "a")
+def test_damaged_manifest_is_named(world: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(world / "adapters", tmp_path / "a")
     (tmp_path / "a" / "refiner.json").write_text(content)
     with pytest.raises(UserError, match=r"refiner\.json (is|lacks cache: it is) damaged") as error:
         load_refiner(tmp_path / "a", Cache(world / "cache"))
     assert "\n" not in str(error.value)
 
 
-def test_damaged_refiner_is_named(world: Path, config: Config, tmp_path: Path) -> None:
-    refine(config, world / "cache", tmp_path / "a")
+def test_damaged_refiner_is_named(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "adapters", tmp_path / "a")
     file = tmp_path / "a" / "refiner.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"refiner\.safetensors is damaged"):
@@ -170,7 +176,7 @@ def test_few_records_are_enough(world: Path, tmp_path: Path, cleaner: str) -> No
 
 
 def test_existing_output(world: Path, config: Config, tmp_path: Path) -> None:
-    refine(config, world / "cache", tmp_path / "a")
+    shutil.copytree(world / "adapters", tmp_path / "a")
     before = tree_bytes(tmp_path / "a")
     with pytest.raises(UserError, match="exists; continue it with --resume"):
         refine(config, world / "cache", tmp_path / "a")
@@ -178,7 +184,7 @@ def test_existing_output(world: Path, config: Config, tmp_path: Path) -> None:
     assert tree_bytes(tmp_path / "a") == before
     with pytest.raises(UserError, match=r"started with refine\.rank 4, not 5"):
         refine(world_config(world, "refine.rank=5"), world / "cache", tmp_path / "a", "resume")
-    refine(world_config(world, "refine.rank=5"), world / "cache", tmp_path / "a", "overwrite")
+    refine(world_config(world, "refine.rank=5", "refine.steps=5"), world / "cache", tmp_path / "a", "overwrite")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
