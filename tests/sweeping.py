@@ -20,9 +20,7 @@ RUNS: list[dict[str, Any]] = [
 
 
 def write(world: Path, file: Path, *sets: str, **tree: Any) -> Path:
-    base = world_config(
-        world, "refine.cleaner=clip", "distill.checkpoint_minutes=1e-9", "evaluate.strengths=[0.1]", *sets
-    ).model_dump(mode="json")
+    base = world_config(world, "refine.cleaner=clip", "evaluate.strengths=[0.1]", *sets).model_dump(mode="json")
     file.write_text(yaml.safe_dump({"base": base, **tree}))
     return file
 

@@ -32,12 +32,13 @@ def test_a_checkpoint_needs_no_weights_to_start_from(
     """Nor does a run end that starts from its own output, which the new one would replace."""
     begun, out = tmp_path / "begun", tmp_path / "run"
     distill(world_config(world, "distill.epochs=1"), world / "cache", begun)
-    config = world_config(world, "distill.checkpoint_minutes=1e-9", f"student.init={begun}")
+    start = f"student.init={begun}"
+    config = world_config(world, "distill.checkpoint_minutes=1e-9", start)
     with pytest.raises(UserError, match="overlaps the input"):
         distill(config, world / "cache", begun, mode="overwrite")
     with pytest.raises(UserError, match="overlaps the input"):
         check_command("distill", config, begun, "overwrite")
-    distill(config, world / "cache", tmp_path / "whole")
+    distill(world_config(world, start), world / "cache", tmp_path / "whole")
     die_after(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         distill(config, world / "cache", out)
@@ -63,8 +64,8 @@ def test_resume_is_exact(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, sets: list[str]
 ) -> None:
     """A run that dies in some step, and goes on from its last checkpoint, ends with the same bytes."""
+    distill(world_config(world, *sets), world / "cache", tmp_path / "whole", world / "adapters")
     config = world_config(world, "distill.checkpoint_minutes=1e-9", *sets)
-    distill(config, world / "cache", tmp_path / "whole", world / "adapters")
     die_after(stop_after, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         distill(config, world / "cache", tmp_path / "part", world / "adapters")

@@ -29,7 +29,7 @@ from singer.errors import UserError
 
 @pytest.fixture(scope="module")
 def file(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(world, tmp_path_factory.mktemp("file") / "s.yaml", runs=RUNS)
+    return write(world, tmp_path_factory.mktemp("file") / "s.yaml", "distill.checkpoint_minutes=1e-9", runs=RUNS)
 
 
 @pytest.fixture(scope="module")
