@@ -94,12 +94,13 @@ def test_readers_of_the_last_block_are_the_final_norm() -> None:
 def test_bases_are_orthonormal(basis: str, block: int, kind: str) -> None:
     if basis == "weights-official" and kind in ("parallel", "gated"):
         pytest.skip("the authors' code knows plain MLPs only")
-    directions = BASES[basis](make_context(kind, block), 4)
+    context = make_context(kind, block, count=8)
+    directions = BASES[basis](context, 4)
     assert directions.shape == (WIDTH, 4) and directions.dtype == torch.float32
     if basis != "weights-official":  # which fills up with vectors that are not
         torch.testing.assert_close(directions.T @ directions, torch.eye(4), atol=1e-4, rtol=0)
         with pytest.raises(UserError, match=r"refine\.rank 25 is larger than the feature width 24"):
-            BASES[basis](make_context(kind, block), 25)
+            BASES[basis](context, 25)
 
 
 def test_curvature_basis_sees_hardly_more_than_the_least() -> None:
