@@ -34,6 +34,8 @@ ONNX = "model.onnx"
 TORCH_EXPORT = "model.pt2"
 # The traced batch has another size than the compared ones, so that a batch axis that is not dynamic is noticed.
 _TRACED, _COMPARED = 2, (3, 1)
+# So many characters of an error of torch are shown; it goes on with advice on torch's own functions.
+_SAID = 200
 # The first axis of the input may have any length.
 _SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 
@@ -234,11 +236,21 @@ with torch.inference_mode():
 
 
 def trace(student: Student) -> ExportedProgram:
-    """Trace the student, and remove the stack traces, which name source files of this machine."""
+    """Trace the student, and remove the stack traces, which name source files of this machine.
+
+    Raises UserError if torch cannot trace its code for batches of any size.
+    """
     # Some models keep constants that they compute in their first pass (TinyViT), which must not be a traced one.
     with torch.inference_mode():
         student.module(student.images(1))
-    program = torch.export.export(student.module, (student.images(_TRACED),), dynamic_shapes=_SHAPES, strict=False)
+    try:
+        program = torch.export.export(student.module, (student.images(_TRACED),), dynamic_shapes=_SHAPES, strict=False)
+    except Exception as error:  # torch raises errors of many types
+        why = " ".join(str(error).split())[:_SAID]
+        raise UserError(
+            f"torch cannot trace {student.backbone.architecture} for batches of any size: {why}; "
+            "in code of your own, write x.shape[0] in the place of len(x)"
+        ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
