@@ -146,6 +146,12 @@ def _write_transformers(student: Student, folder: Path) -> Written:
     backbone.model.backbone.save_pretrained(folder)
     processor = {"do_resize": True, "size": size, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
     processor |= {"do_normalize": True, "image_mean": backbone.mean, "image_std": backbone.std}
+    target = "size"
+    if size["height"] == size["width"]:
+        # It cuts the largest centred square, as singer does; transformers has none that does so for other shapes.
+        target = "crop_size"
+        processor |= {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size["height"]}}
+        processor |= {"do_center_crop": True, "crop_size": size}
     write_json(folder / "preprocessor_config.json", processor)
     kind = type(backbone.model.backbone).__name__
     snippet = f"""import json
@@ -158,7 +164,7 @@ from transformers import {kind}
 with open("preprocessor_config.json") as file:
     p = json.load(file)
 image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
-image = ImageOps.fit(image, (p["size"]["width"], p["size"]["height"]), p["resample"])
+image = ImageOps.fit(image, (p["{target}"]["width"], p["{target}"]["height"]), p["resample"])
 pixels = (np.asarray(image) / 255 - p["image_mean"]) / p["image_std"]
 images = torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()
 model = {kind}.from_pretrained(".").eval()  # "." is the path of this folder
