@@ -14,6 +14,7 @@ from conftest import run_singer, tree_bytes
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
 from pipeline.outputs.stage_log import process_log, stage_log
+from pipeline.runtime import progress
 from pipeline.runtime.logs import LOG, is_log, log_file, logger, on_console
 from pipeline.runtime.progress import say
 from pipeline.stages.cache_teacher import cache_teacher
@@ -230,3 +231,13 @@ def test_a_thread_that_a_full_disk_ends_is_one_line(capfd: pytest.CaptureFixture
         thread.start()
         thread.join()
     assert capfd.readouterr().err == "warning: a thread of a library has ended: No space left on device\n"
+
+
+def test_a_line_of_slow_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", -1.0)
+    with progress.meter("fit", 1000, "steps") as m:
+        m._start -= 100
+        m.advance(4)
+        m.advance(1996)
+    slow, quick = capsys.readouterr().err.splitlines()
+    assert slow == "fit: 4/1000, 0.04 steps/s, data wait 0 %, 6 h 55 min left" and "2000/1000, 20 steps/s" in quick

@@ -183,6 +183,12 @@ def test_student_round_trip(tmp_path: Path) -> None:
         expected = student.model.forward_features(images)
         torch.testing.assert_close(plain.forward_features(images), expected)
         torch.testing.assert_close(again.model.forward_features(images), expected)
+    without = new_student(load_config(sets=sets).student, 32, class_token=False)  # as its teacher
+    save_backbone(without, without.model.state_dict(), tmp_path / "without")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'without'}", pretrained=True).eval()
+    assert not without.has_cls and not without.prefix
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(images), without.model.eval().forward_features(images).mean(1))
     named = new_student(load_config(sets=["student.name=vit_tiny_patch16_224"]).student, 64)
     assert named.width == 192 and named.grid == (4, 4)
 

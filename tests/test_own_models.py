@@ -17,6 +17,7 @@ from pipeline.chains.run import run
 from pipeline.config import Config
 from pipeline.models.loading import load_model, load_saved
 from pipeline.models.names import is_function
+from pipeline.models.own import Own
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
@@ -113,7 +114,7 @@ class Maps(nn.Module):
         return (self.second(self.first(images)),)
 
 
-def test_objects_in_python(world: Path, tmp_path: Path) -> None:
+def test_objects_in_python(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(seeded(0))
     maps = Maps(), Description(blocks=["first", "second"], image_size=32)
     config = config_with("cache.blocks=[0,1]", *TRAIN)
@@ -124,12 +125,36 @@ def test_objects_in_python(world: Path, tmp_path: Path) -> None:
     live = block_outputs(as_backbone(*maps), torch.zeros(1, 3, 32, 32), [0, 1])
     assert [tuple(x.shape) for x in live.values()] == [(1, 64, 6), (1, 16, 8)]
     refine(config, tmp_path / "cache", tmp_path / "refiner")
+    note = "note: the teacher has no CLS token, so the student's has no target"
+    for sets, has_cls in (([], False), (["student.name=test_vit", *STUDENT], True)):
+        result = distill(config_with(*TRAIN, *sets), tmp_path / "cache", tmp_path / "named", mode="overwrite")
+        assert load_saved(result.student).has_cls == has_cls == (note in capsys.readouterr().err)
     before = maps[0].first.weight.detach().clone()
     distill(config, tmp_path / "cache", tmp_path / "run", tmp_path / "refiner", student=(maps[0].train(), maps[1]))
     assert "name: own:Maps" in (tmp_path / "run" / "config.yaml").read_text()
     assert not torch.equal(before, maps[0].first.weight.cpu())
     with pytest.raises(UserError, match="name a function that makes it, package.module:function"):
         load_model("own:Maps")
+
+
+class Fixed(Maps):
+    """Maps of a batch whose size becomes a constant in a traced program."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        return super().forward(images.flatten().view(len(images), 3, 32, 32))
+
+
+def fixed() -> Own:
+    return Fixed(), Description(blocks=["first", "second"], image_size=32)
+
+
+def test_code_that_torch_cannot_trace(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = f"student.name={__name__}:fixed"
+    distill(config_with(own, *STUDENT, *TRAIN), world / "cache", tmp_path / "run")
+    for to in ("torch-export", "onnx"):
+        with pytest.raises(UserError, match=r"torch cannot trace own:Fixed .* write x\.shape\[0\] in the place"):
+            export(config_with(own), tmp_path / "run", tmp_path / "e", to)
+    assert not (tmp_path / "e").exists() and "stripped" not in capsys.readouterr().err
 
 
 class Locked(Maps):

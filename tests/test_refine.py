@@ -231,6 +231,14 @@ def test_plateau_lowers_the_rate_and_ends() -> None:
     assert again == plateau
 
 
+def test_fits_of_blocks_without_artifacts_end_after_a_window() -> None:
+    plateau = adapter_fit.ReduceOnPlateau(tolerance=0.1)
+    for _ in range(adapter_fit._WINDOW):
+        assert not plateau.over
+        plateau.add(0.0)
+    assert plateau.over
+
+
 @pytest.mark.slow
 def test_fits_end_by_themselves(world: Path, tmp_path: Path) -> None:
     refine(world_config(world, "refine.steps=5000", "refine.tolerance=0.2"), world / "cache", tmp_path / "a")

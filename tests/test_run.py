@@ -25,7 +25,7 @@ from pipeline.chains.split import has_to_be_packed, ranges, shards_of, split
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import ImageFile, list_images, resolve
 from pipeline.outputs.folder import Mode
-from pipeline.planning.choice import CROPS_FROM, Chooser, Costs
+from pipeline.planning.choice import CROPS_FROM, VIEWS, Chooser, Costs
 from pipeline.runtime import logs
 from pipeline.runtime.devices import this_process
 from pipeline.runtime.launch import launcher
@@ -60,6 +60,9 @@ def test_without_limits_it_is_the_papers_recipe() -> None:
     assert choice.sets["cache.codec"] == "float16" and choice.bytes == 10_000 * 5 * 4e5 + 10**8
     assert choice.caching_hours == pytest.approx(50_000 * (1 / 50 + 1 / 100) / 3600)
     assert choice.training_hours == pytest.approx(10**6 * (1 / 25 + 1 / 100) / 3600)
+    for short, long in ((chooser(images=1000), chooser()), (chooser(hours=20.0), chooser())):
+        assert "repeat the command with --hours H" in long.choose().reasons[-1]
+        assert not any("--hours" in reason for reason in short.choose().reasons)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,8 @@ def test_the_disk_takes_exactness_first_and_then_views(disk: float, codec: str, 
     choice = chooser(disk=int(disk * 1e9)).choose()
     assert (choice.sets["cache.codec"], choice.sets["views.count"]) == (codec, views)
     assert choice.bytes <= disk * 1e9
+    more = next((n for n in reversed(VIEWS) if n > views), None)
+    assert more is None or f"views {views}: {more} do not fit {disk:g} GB" in choice.reasons
     assert chooser(free=int(2 * disk * 1e9)).choose().sets["cache.codec"] == codec
 
 
@@ -102,7 +107,8 @@ def test_crops_are_stored_if_there_is_time_for_passes_over_them() -> None:
     for epochs, views, hours in ((3, 1, None), (3, 1, 8.0), (10, 5, None), (10, 5, 20.0), (30, 1, 5.0)):
         choice = chooser(f"distill.epochs={epochs}", hours=hours).choose()
         assert choice.sets["views.count"] == views and choice.sets["distill.epochs"] == epochs
-        assert any("crops pay" in reason for reason in choice.reasons) == (views == 1)
+        why = "views 1: the time is too short for 2" if epochs == 30 else "crops pay from 48 on"
+        assert any(why in reason for reason in choice.reasons) == (views == 1)
 
 
 def test_what_is_given_is_kept() -> None:

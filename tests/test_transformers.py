@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import config_with, run_singer, seeded
 from huggingface_hub.errors import GatedRepoError
+from PIL import Image, ImageOps
 
 from pipeline.cache.reader import Cache
 from pipeline.models import huggingface
@@ -199,7 +200,9 @@ def test_the_same_weights_in_timm_give_the_same_cached_features(kind: str, few_s
     assert (a.grid, a.prefix_tokens, a.class_token, a.width) == (b.grid, b.prefix_tokens, b.class_token, b.width)
 
 
-def test_from_images_to_an_exported_student(few_shards: str, tmp_path: Path) -> None:
+def test_from_images_to_an_exported_student(
+    few_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With the paper's adapters, which read with the suffix; the student is of transformers, too."""
     save("dinov2", tmp_path / "teacher")
     save("vit", tmp_path / "student", num_hidden_layers=2)
@@ -225,7 +228,15 @@ def test_from_images_to_an_exported_student(few_shards: str, tmp_path: Path) -> 
     assert "timm.create_model" not in card and "\n- timm\n" not in card
     again = load_model(f"hf:{tmp_path / 'hub'}")
     assert weight_hash(again.model.state_dict()) == weight_hash(saved.model.state_dict())
-    assert again.mean == saved.mean
+    assert (again.mean, again.image_size) == (saved.mean, saved.image_size)
+    assert "stripped" not in capsys.readouterr().err
+    # The processor of transformers makes the same input as the code of the card, but for the rounding of its resizing.
+    ramp = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hub")
+    theirs = processor(Image.fromarray(ramp), return_tensors="pt")
+    ours = ImageOps.fit(Image.fromarray(ramp), (SIZE, SIZE), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy((np.asarray(ours) / 255 - saved.mean) / saved.std).permute(2, 0, 1)[None].float()
+    torch.testing.assert_close(theirs["pixel_values"], expected, atol=0.05, rtol=0)
 
 
 def test_preprocessing_of_processor_files() -> None:

@@ -28,7 +28,6 @@ from pipeline.storage.json_files import read_json
 from singer.backbones import resolve_blocks
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
-from singer.suffix import NO_SUFFIX
 
 STAGE = "cache-teacher"
 
@@ -78,7 +77,10 @@ def build_segment(
     if not earlier or manifest.blocks[0] < min(earlier):
         suffix = extract.suffix_state(manifest.blocks[0])
         if suffix is None:
-            say(f"{extract.teacher.architecture}: {NO_SUFFIX}")
+            say(
+                f"note: {extract.teacher.architecture} has no suffix that can be rebuilt; the defaults do without it, "
+                "refine.cleaner adapter and projector and objectives such as relation and logits do not"
+            )
     else:
         manifest = manifest.model_copy(update={"tail_first_block": min(earlier)})
     calibration: dict[int, Calibration] = {}

@@ -70,7 +70,8 @@ def saved_transformers(
     model = hf.build(architecture, arguments).backbone
     size, mean, std = image_size or Size.of(about["input_size"][1:]).written, tuple(about["mean"]), tuple(about["std"])
     described = hf.wrap(architecture, model, size, mean, std)
-    load_weights(described.backbone, weights or folder / WEIGHTS, str(folder), True)
+    own = (described, folder / WEIGHTS) if weights is None else (described.backbone, weights)
+    load_weights(*own, str(folder), True)
     return backbone_of(described, architecture, arguments)
 
 

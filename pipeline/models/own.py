@@ -72,7 +72,9 @@ def saved_own(folder: Path, architecture: str, image_size: ImageSize | None, fun
             f"{folder} is a {architecture.removeprefix(OWN)}, a module of your own; name the function that makes it: "
             "--set student.name=package.module:function"
         )
-    return create_own(function, image_size, folder / WEIGHTS, "student.name")
+    backbone = create_own(function, image_size, None, "student.name")
+    load_weights(backbone.model, folder / WEIGHTS, function, True)
+    return backbone
 
 
 def _call(name: str, subject: str) -> Own:

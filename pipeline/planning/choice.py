@@ -21,6 +21,8 @@ _DISK, _TIME = 0.5, 0.9
 # So many seconds are left for all that is not measured: starting, rehearsing, refining, the report and the export.
 # Measured with a small teacher; a fit of adapters for a wide one takes longer, out of the time that is not planned.
 _REST = 30.0
+# Without a limit, so many hours are long enough to say how to set one.
+_LONG = 12.0
 # Fewer views are stored if caching takes more than this share of the time.
 _CACHING = 0.5
 # Passes over the images from which on crops teach a student more than the centre view (docs/results.md).
@@ -122,6 +124,8 @@ class Chooser:
             )
         elif self.config.views.pixels == "auto":
             sets["views.pixels"] = "none"
+        if self.hours is None and caching + training > _LONG:
+            reasons.append("time: no limit; for one, stop this and repeat the command with --hours H --resume")
         return Choice(sets, reasons, self._bytes(views, codec) + stored, caching, training, self._probing_hours)
 
     def _codec(self, views: int) -> str:
@@ -258,20 +262,28 @@ class Chooser:
             chosen |= {"views.kind": "random-resized-crop", "views.scale": _SCALE, "views.flip": 0.5}
         return sets | {key: value for key, value in chosen.items() if not self._given(*key.split("."))}
 
+    def _why_views(self, views: int) -> str:
+        if self._views_given:
+            return "given"
+        if views == VIEWS[0]:
+            return "random crops, as in the paper"
+        more = VIEWS[VIEWS.index(views) - 1]
+        if self._bytes(more, self._codecs[-1]) > self._room:
+            return f"{more} do not fit {self._room / 1e9:.3g} GB"
+        passes = more * self._epochs(more)
+        if 0 < passes < CROPS_FROM:
+            return f"with {more} there are {passes} passes over the images, and crops pay from {CROPS_FROM} on"
+        return f"the time is too short for {more}"
+
     def _reasons(self, views: int, epochs: int, codec: str, batch: int) -> list[str]:
         limit = "all that the time allows" if epochs < PASSES // views else f"{epochs * views} passes over the images"
-        crops = "random crops, as in the paper"
-        if views < VIEWS[0]:
-            crops = (
-                f"more do not fit the disk or the time, or give fewer than the {CROPS_FROM} passes from which crops pay"
-            )
         exact = "exact, and it" if codec == LADDER[0] else "the most exact one that"
         costs = self.costs
         return [
             f"speed: teacher {costs.teacher:.3g} views/s, student {costs.student:.3g} views/s and "
             f"{1000 * costs.update:.3g} ms a step, decoding {costs.decode:.3g} images/s a thread, processes "
             f"{self.processes}",
-            f"views {views}: {'given' if self._views_given else crops}",
+            f"views {views}: {self._why_views(views)}",
             f"codec {codec}: {'given' if self._given('cache', 'codec') else exact + f' fits {self._room / 1e9:.3g} GB'}"
             f"; a view takes {costs.view_bytes[codec] / 1e3:.3g} kB",
             f"epochs {epochs}: {'given' if self._given('distill', 'epochs') else limit}",

@@ -61,7 +61,7 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
     )
     codecs = dict.fromkeys([config.cache.codec, *LADDER])
     sizes = {codec: stored + sum(estimate.block_bytes(codec, b, patches) for b in blocks) for codec in codecs}
-    student = new_student(config.student, backbone.image_size, width=backbone.width)
+    student = new_student(config.student, backbone.image_size, width=backbone.width, class_token=backbone.has_cls)
     trained, update = _student_costs(config, student, records, device)
     return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda", student.image_size, update)
 

@@ -56,14 +56,15 @@ class Meter:
         current().step(f"{self._what} {self.done} of {self._total} {self._unit}")
         if self._quiet:
             return
-        text = f"{self.rate:.0f} {self._unit}/s, data wait {self.wait_percent:.0f} %" + (note and f", {note}")
+        rate = f"{self.rate:.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
+        text = f"{rate} {self._unit}/s, data wait {self.wait_percent:.0f} %" + (note and f", {note}")
         if self._bar is not None:
             progress, task = self._bar
             progress.update(task, completed=self.done, text=text)
         if time.perf_counter() - self._shown > _PLAIN_SECONDS:
             self._shown = time.perf_counter()
             left = (self._total - self.done) / max(self.rate, 1e-9)
-            line = f"{self._what}: {self.done}/{self._total}, {text}, {left:.0f} s left"
+            line = f"{self._what}: {self.done}/{self._total}, {text}, {duration(left)} left"
             # If the console has a live line, this one goes only to the log file.
             logger.info("%s", line, extra={"on_bar": self._bar is not None})
 

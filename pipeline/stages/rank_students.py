@@ -105,7 +105,7 @@ def rank_students(
         for name, student in tried.items():
             size = student.image_size or teacher.image_size
             pixels = cache.pixels(records, size, files)
-            built = [_built(student, size, config.distill.seed + n) for n in range(starts)]
+            built = [_built(student, size, config.distill.seed + n, teacher.class_token) for n in range(starts)]
             scores = [_score(each, pixels, cache, tokens) for each in built]
             means = {key: fmean(s[key] for s in scores) for key in scores[0]}
             found.append(RankedStudent(name, count_parameters(built[0].model), **means))
@@ -158,9 +158,9 @@ def vit_parameters(settings: StudentConfig, blocks: int, image_size: ImageSize) 
     return embedding + blocks * (4 * dim**2 + 9 * dim + 2 * dim * hidden + hidden)
 
 
-def _built(settings: StudentConfig, size: ImageSize, seed: int) -> Backbone:
+def _built(settings: StudentConfig, size: ImageSize, seed: int, class_token: bool) -> Backbone:
     torch.manual_seed(seed)
-    return new_student(settings, size)
+    return new_student(settings, size, class_token=class_token)
 
 
 def _score(student: Backbone, pixels: Tensor, cache: Cache, tokens: Tensor) -> dict[str, float]:

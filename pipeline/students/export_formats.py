@@ -34,6 +34,8 @@ ONNX = "model.onnx"
 TORCH_EXPORT = "model.pt2"
 # The traced batch has another size than the compared ones, so that a batch axis that is not dynamic is noticed.
 _TRACED, _COMPARED = 2, (3, 1)
+# So many characters of an error of torch are shown; it goes on with advice on torch's own functions.
+_SAID = 200
 # The first axis of the input may have any length.
 _SHAPES = ({0: torch.export.Dim("batch", min=1)},)
 
@@ -144,6 +146,12 @@ def _write_transformers(student: Student, folder: Path) -> Written:
     backbone.model.backbone.save_pretrained(folder)
     processor = {"do_resize": True, "size": size, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
     processor |= {"do_normalize": True, "image_mean": backbone.mean, "image_std": backbone.std}
+    target = "size"
+    if size["height"] == size["width"]:
+        # It cuts the largest centred square, as singer does; transformers has none that does so for other shapes.
+        target = "crop_size"
+        processor |= {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": size["height"]}}
+        processor |= {"do_center_crop": True, "crop_size": size}
     write_json(folder / "preprocessor_config.json", processor)
     kind = type(backbone.model.backbone).__name__
     snippet = f"""import json
@@ -156,7 +164,7 @@ from transformers import {kind}
 with open("preprocessor_config.json") as file:
     p = json.load(file)
 image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
-image = ImageOps.fit(image, (p["size"]["width"], p["size"]["height"]), p["resample"])
+image = ImageOps.fit(image, (p["{target}"]["width"], p["{target}"]["height"]), p["resample"])
 pixels = (np.asarray(image) / 255 - p["image_mean"]) / p["image_std"]
 images = torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()
 model = {kind}.from_pretrained(".").eval()  # "." is the path of this folder
@@ -234,11 +242,21 @@ with torch.inference_mode():
 
 
 def trace(student: Student) -> ExportedProgram:
-    """Trace the student, and remove the stack traces, which name source files of this machine."""
+    """Trace the student, and remove the stack traces, which name source files of this machine.
+
+    Raises UserError if torch cannot trace its code for batches of any size.
+    """
     # Some models keep constants that they compute in their first pass (TinyViT), which must not be a traced one.
     with torch.inference_mode():
         student.module(student.images(1))
-    program = torch.export.export(student.module, (student.images(_TRACED),), dynamic_shapes=_SHAPES, strict=False)
+    try:
+        program = torch.export.export(student.module, (student.images(_TRACED),), dynamic_shapes=_SHAPES, strict=False)
+    except Exception as error:  # torch raises errors of many types
+        why = " ".join(str(error).split())[:_SAID]
+        raise UserError(
+            f"torch cannot trace {student.backbone.architecture} for batches of any size: {why}; "
+            "in code of your own, write x.shape[0] in the place of len(x)"
+        ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program

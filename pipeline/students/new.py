@@ -19,20 +19,25 @@ PLAIN_VIT = "vit_tiny_patch16_224"
 
 
 def new_student(
-    config: StudentConfig, image_size: ImageSize, module: Own | None = None, width: int | None = None
+    config: StudentConfig,
+    image_size: ImageSize,
+    module: Own | None = None,
+    width: int | None = None,
+    class_token: bool = True,
 ) -> Backbone:
     """Build a student without a head, for training. image_size: in pixels, used if the configuration gives none.
 
     module: a module of the user's own with its description; it is the student, at its own image size by default. width:
-    that of a wider exit if the configuration gives none, in channels. Raises UserError if the configuration does not
-    describe a model that gives feature maps.
+    that of a wider exit if the configuration gives none, in channels. class_token: whether the teacher has one; if not,
+    a student named `vit` has none either, and its output is the mean of its patches. Raises UserError if the
+    configuration does not describe a model that gives feature maps.
     """
     if module is not None:
         return _trainable(describe_own(module, config.image_size, config.name), config)
     dims = {
         "embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads, "mlp_ratio": config.mlp_ratio,
     }  # fmt: skip
-    given = {k: v for k, v in dims.items() if v is not None}
+    given: dict[str, Any] = {k: v for k, v in dims.items() if v is not None}
     if config.name == "vit":
         missing = [k for k in ("dim", "depth", "heads") if getattr(config, k) is None]
         if missing:
@@ -41,6 +46,8 @@ def new_student(
             raise UserError(f"student.dim {config.dim} is not a multiple of student.heads {config.heads}")
         if config.pretrained:
             raise UserError("student.pretrained needs the student.name of a timm model")
+        if not class_token:
+            given |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
     elif given:
         check_known(config.name, f"student.name: timm has no model {config.name!r}")
         keys = "student.dim, depth, heads and mlp_ratio"

@@ -161,7 +161,7 @@ def _sweep(
 
     jobs = list(_jobs(plan, setting, files))
     done = len(plan.runs) - sum(len(job.members) for job in jobs if job.kind == "run")
-    say(f"{len(plan.runs)} runs on {len(plan.refiners)} refiners; {done} of the runs are done already")
+    say(f"runs: {len(plan.runs)}, refiners: {len(plan.refiners)}; runs that are done already: {done}")
     scheduler = Scheduler(jobs, done, write)
     _serve(scheduler, setting, jobs, workers)
     write(scheduler.failed)

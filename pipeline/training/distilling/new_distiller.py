@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from pipeline.config import Config, DistillConfig
+from pipeline.config import Config, DistillConfig, StudentConfig
 from pipeline.models.backbone import Backbone
+from pipeline.models.own import Own
 from pipeline.storage.tensors import read_matrix
 from pipeline.students.new import new_student
 from pipeline.students.start import start_student
@@ -61,6 +62,19 @@ def new_distiller(
     return distiller, others
 
 
+def student_of(config: StudentConfig, teachers: Sequence[CachedTeacher], module: Own | None = None) -> Backbone:
+    """Build a student for the input of the first teacher. Raises UserError as new_student does."""
+    cache = teachers[0].cache
+    teacher = cache.manifest.teacher
+    width = teacher.width_of(cache.blocks[-1])
+    return new_student(config, teacher.image_size, module, width, teach_cls(teachers))
+
+
+def teach_cls(teachers: Sequence[CachedTeacher]) -> bool:
+    """Return whether one of the teachers has a class token."""
+    return any(teacher.cache.manifest.teacher.class_token for teacher in teachers)
+
+
 def check_student(config: Config, teachers: Sequence[CachedTeacher]) -> None:
     """Raise UserError if a new student cannot learn from these teachers; refiners need not exist yet.
 
@@ -68,9 +82,8 @@ def check_student(config: Config, teachers: Sequence[CachedTeacher]) -> None:
     load the teacher.
     """
     cache, settings = teachers[0].cache, config.distill
-    teacher = cache.manifest.teacher
     random = config.student.model_copy(update={"pretrained": False})
-    student = new_student(random, teacher.image_size, width=teacher.width_of(cache.blocks[-1]))
+    student = student_of(random, teachers)
     start_student(student, config.student, cached_weights(cache, config.teacher.weights), fits_only=True)
     distiller, _ = new_distiller(student, config, teachers, torch.device("cpu"))
     if settings.share_by == "random":

@@ -24,13 +24,12 @@ from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import write_tensors
-from pipeline.students.new import new_student
 from pipeline.students.start import start_student, starts_as_blocks
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
 from pipeline.training.distilling.cached_teachers import CachedTeacher, Refiners, cached_weights, input_hashes
-from pipeline.training.distilling.new_distiller import new_distiller
+from pipeline.training.distilling.new_distiller import new_distiller, student_of, teach_cls
 from pipeline.training.distilling.subset import Split, split_images
 from pipeline.training.new_student_run import new_student_run
 from pipeline.training.refining.stored_refiners import load_refiner
@@ -103,9 +102,8 @@ class NewStudent:
         read.
         """
         config, cache = self.spec.config, self.teachers[0].cache
-        t = cache.manifest.teacher
         wanted = config.student.model_copy(update={"pretrained": False}) if continues else config.student
-        student = new_student(wanted, t.image_size, self.spec.module, t.width_of(cache.blocks[-1]))
+        student = student_of(wanted, self.teachers, self.spec.module)
         if not continues:
             start_student(student, config.student, cached_weights(cache, config.teacher.weights))
         return student
@@ -198,6 +196,11 @@ def train_students(
         last, supervised = depth(new.student.model) - 1, new.distiller.blocks[-1]
         if supervised < last:
             say(f"note: nothing trains the student after block {supervised}; probes read its last block, {last}")
+        if new.student.has_cls and not teach_cls(new.teachers):
+            say(
+                "note: the teacher has no CLS token, so the student's has no target; use the patch tokens, or take a "
+                "student without CLS, such as vit or vit_srelpos_small_patch16_224"
+            )
         cache, size = new.teachers[0].cache, new.student.image_size
         if (small := cache.smaller_views(size)) is not None:
             say(

@@ -56,7 +56,8 @@ class ReduceOnPlateau:
     """The schedule of a fit.
 
     The learning rate falls when the mean loss of a window of steps is not better than the best mean by more than
-    `tolerance` (relative). The fit ends when the rate has fallen more than _DROPS times.
+    `tolerance` (relative). The fit ends when the rate has fallen more than _DROPS times, or if the loss of a window is
+    0: there was nothing to clean.
     """
 
     tolerance: float
@@ -84,7 +85,7 @@ class ReduceOnPlateau:
     @property
     def over(self) -> bool:
         """Return whether the fit has converged."""
-        return self.drops > _DROPS
+        return self.drops > _DROPS or self.best == 0
 
     def state_dict(self) -> dict[str, float]:
         """Return all state, for a checkpoint."""
