@@ -13,6 +13,7 @@ from pipeline.outputs.resuming import CONFIG, RESULT_SECTIONS, config_change, is
 from pipeline.outputs.stage_log import stage_log
 from pipeline.runtime.interrupts import output_begun
 from pipeline.storage import Place, is_remote, open_store
+from pipeline.storage.file_locks import check_lockable
 from pipeline.storage.json_files import read_json
 from singer.errors import UserError
 
@@ -44,6 +45,8 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         above = next(folder for folder in here.parents if folder.exists())
         if not above.is_dir():
             raise UserError(f"{place}: {above} is not a folder; give another --out")
+        if mode != "resume":  # what is finished is told, also if it can only be read
+            check_lockable(here)
         if mode == "overwrite" and (here == Path.cwd() or here in Path.cwd().parents):
             raise UserError(
                 f"--overwrite would remove the current folder; change to another one, or remove {here} first"
