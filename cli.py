@@ -5,6 +5,7 @@ check their options before, so that neither help nor an error about an option wa
 """
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -683,6 +684,9 @@ def run_with_messages(command: Callable[[], object]) -> None:
 
     An error that the user can fix is one line on stderr and exit code 2; a defect of the program is exit code 1.
     """
+    # Names of files may have letters that the terminal's encoding lacks; results are not lost for that.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     with on_console():
         try:
             command()

@@ -1,6 +1,7 @@
 """The log of each output, what the console shows, and that neither changes what is made."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -230,3 +231,30 @@ def test_a_thread_that_a_full_disk_ends_is_one_line(capfd: pytest.CaptureFixture
         thread.start()
         thread.join()
     assert capfd.readouterr().err == "warning: a thread of a library has ended: No space left on device\n"
+
+
+SAYS = """
+import cli
+from pipeline.runtime.logs import logger
+def work():
+    for number in range(100):
+        logger.info(f"message {number} " + "x" * 1000)
+    print("\\xe9 \\udcff")
+cli.run_with_messages(work)
+"""
+
+
+def test_what_cannot_be_shown_ends_no_work(tmp_path: Path) -> None:
+    """Nobody reads the messages any more, the terminal's encoding lacks a letter, or its width is said to be 0."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stderr, names in ((writer, {}), (subprocess.PIPE, {"COLUMNS": "0"})):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii", **names}
+        command = [sys.executable, "-c", SAYS]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True)
+        assert (done.returncode, done.stdout) == (0, "\\xe9 \\udcff\n")
+    assert len(done.stderr.splitlines()) == 100 and done.stderr.startswith("message 0 xxx")
+    os.close(writer)
+    with log_file(tmp_path / "log"):
+        say("a name \udcff")
+    assert "a name \\udcff" in (tmp_path / "log").read_text()

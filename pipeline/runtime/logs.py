@@ -25,7 +25,22 @@ LOG = "singer.log"
 logger = logging.getLogger("singer")
 if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
-console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+class _Console(Console):
+    """Shows messages on stderr."""
+
+    def on_broken_pipe(self) -> None:
+        """Show nothing more, and let the work go on: its messages are in its log, too."""
+        self.quiet = True
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, self.file.fileno())  # what is buffered goes there when the process ends
+        os.close(silent)
+
+
+# With COLUMNS=0 nothing would be shown.
+_WIDTH = None if os.environ.get("COLUMNS", "80").strip("0") else 80
+console = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, width=_WIDTH)
 _WARNINGS = "py.warnings"
 # So many innermost frames of a traceback are shown.
 _FRAMES = 4
@@ -160,7 +175,8 @@ class _File(logging.FileHandler):
     """A log file, which begins with `header()` when it is opened. A full disk stops the log, not the work."""
 
     def __init__(self, path: Path, level: int, header: Callable[[], str]) -> None:
-        super().__init__(path, "a", encoding="utf-8", delay=level > logging.INFO)
+        # Names of files may have bytes that are no UTF-8.
+        super().__init__(path, "a", encoding="utf-8", errors="backslashreplace", delay=level > logging.INFO)
         self.path, self._header = path, header
         self.setLevel(level)
         self._places: set[str] = set()
