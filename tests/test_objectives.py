@@ -414,6 +414,13 @@ def test_what_an_objective_needs(name: str) -> None:
         OBJECTIVES[name](context)
 
 
+@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if issubclass(kind, Logits)])
+def test_what_reads_the_teachers_head_is_named_as_it_was_asked_for(name: str) -> None:
+    context = replace(make_context(), prefix=0, texts=torch.ones(2, 5))
+    with pytest.raises(UserError, match=f"^distill.objective {name} needs a student with a class token"):
+        OBJECTIVES[name](context)
+
+
 def test_relation_needs_a_block_behind() -> None:
     whole = make_context()
     with pytest.raises(UserError, match="cache an intermediate one"):
