@@ -164,6 +164,12 @@ def test_objects_in_other_states(world: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             trained(make(), *more)
+    for key, value in (("weights", "x.pth"), ("averaged", "false"), ("dtype", "bfloat16")):
+        config = config_with(f"teacher.{key}={value}", *TRAIN)
+        with pytest.raises(
+            UserError, match=rf"teacher\.{key} changes nothing in a module that is given as the teacher"
+        ):
+            cache_teacher(config, str(world / "train" / "*.tar"), tmp_path / "cache", teacher=(Maps(), about))
 
 
 def test_blocks_run_only_as_far_as_needed() -> None:

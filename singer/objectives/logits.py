@@ -48,8 +48,8 @@ class Logits(LastBlock):
                     f"distill.objective {self.name} needs a student with a class token: the teacher's head reads it"
                 )
             raise UserError(
-                f"distill.objective {self.name}: the teacher's head reads prefix tokens that the student does not have; use "
-                "an objective that compares tokens, such as mse"
+                f"distill.objective {self.name}: the teacher's head reads prefix tokens that the student does not "
+                "have; use an objective that compares tokens, such as mse"
             )
         if context.grid is not None:
             return
