@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pty
 import subprocess
 import sys
 import threading
@@ -242,6 +243,34 @@ def work():
     print("\\xe9 \\udcff")
 cli.run_with_messages(work)
 """
+
+
+BAR = """
+import os, signal, sys, time
+import cli
+from pipeline.runtime.progress import meter
+def work():
+    with meter("work", 100, "pieces") as m:
+        for number in range(100):
+            m.advance(1)
+            time.sleep(0.02)
+            if number == 30:
+                open(sys.argv[1], "w").close()
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+cli.run_with_messages(work)
+"""
+
+
+def test_a_terminal_that_is_lost_ends_no_work(tmp_path: Path) -> None:
+    """With nohup, or in a session that outlives its terminal, a bar cannot be drawn any more."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-c", BAR, str(tmp_path / "begun")]
+    work = subprocess.Popen(command, stderr=terminal, env={**os.environ, "TERM": "xterm"})
+    os.close(terminal)
+    while not (tmp_path / "begun").exists() and work.poll() is None:
+        assert os.read(master, 1 << 16)
+    os.close(master)
+    assert work.wait(60) == 0
 
 
 def test_what_cannot_be_shown_ends_no_work(tmp_path: Path) -> None:
