@@ -83,6 +83,7 @@ def test_a_link_that_leads_to_itself(
 def test_a_volume_and_the_lock_of_another_user(tmp_path: Path, forbid: Callable[..., None]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / ".run.lock").touch()
     forbid(tmp_path / "there" / ".run.lock")
     with (
         pytest.raises(UserError, match=r"there/\.run\.lock is the lock of another user's run; remove it"),

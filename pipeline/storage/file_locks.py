@@ -54,7 +54,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     place = folder.resolve()
     path = place.parent / f".{place.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _opened(path) as file:
+    with _opened(path, place) as file:
         try:
             has_flock = flock(file.fileno(), path, wait=False)
             # The last holder removes the file, and a lock on a removed file keeps no other run out.
@@ -74,24 +74,33 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def check_lockable(folder: Path) -> None:
-    """Raise UserError if this user may not write beside a folder, where its lock lies, nor to what is there."""
+    """Raise UserError if this user may not write beside a folder, where its lock lies."""
     place = folder.resolve()
-    if is_writable(place.parent):
-        return
+    if not is_writable(place.parent):
+        raise _closed(place)
+
+
+def _closed(place: Path) -> UserError:
+    """Return the error for a folder beside which nothing can be written."""
     above = existing(place.parent)
     if place.is_dir() and is_writable(place):  # as a volume of a container
-        raise UserError(
+        return UserError(
             f"{above} cannot be written to, and the lock of {place} lies there; give a folder inside it, such as "
             f"{place / 'run'}"
         )
-    raise UserError(f"{folder}: {above} cannot be written to; change its permissions, or give another folder")
+    return UserError(f"{place}: {above} cannot be written to; change its permissions, or give another folder")
 
 
-def _opened(path: Path) -> TextIO:
-    """Open a lock file. Raises UserError if it is one that another user has left."""
+def _opened(path: Path, place: Path) -> TextIO:
+    """Open the lock file beside a folder. Raises UserError if this user may not."""
     try:
         return path.open("w")
-    except PermissionError:
+    except OSError as error:
+        # A root whose rights a network file system takes away is not told so before.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        if not path.exists():
+            raise _closed(place) from None
         raise UserError(f"{path} is the lock of another user's run; remove it, or give another folder") from None
 
 
