@@ -5,6 +5,7 @@ check their options before, so that neither help nor an error about an option wa
 """
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from typer.core import TyperGroup
 import pipeline
 from pipeline.runtime.error_kinds import FULL
 from pipeline.runtime.failures import report_failure
-from pipeline.runtime.interrupts import report_full_disk, report_interrupt
+from pipeline.runtime.interrupts import ending_signals, report_full_disk, report_interrupt
 from pipeline.runtime.logs import be_verbose, on_console
 from singer.errors import UserError
 
@@ -30,7 +31,7 @@ VERBOSE = "--verbose"
 
 
 class Commands(TyperGroup):
-    """A group of commands that takes --verbose anywhere, and says how to go on after Ctrl-C and on a full disk."""
+    """A group of commands that takes --verbose anywhere, and says how to go on after a signal or on a full disk."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments after --verbose is moved to the front, and `~` is expanded where no shell does it."""
@@ -39,14 +40,15 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            raise typer.Exit(report_interrupt(interrupt, self._options(ctx))) from None
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise typer.Exit(report_full_disk(error, self._options(ctx))) from None
+        with ending_signals(lambda: self._options(ctx)):
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt as interrupt:
+                raise typer.Exit(report_interrupt(interrupt, self._options(ctx))) from None
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise typer.Exit(report_full_disk(error, self._options(ctx))) from None
 
     def _options(self, ctx: Any) -> list[str]:
         """Return the options of the command that is called."""
@@ -682,6 +684,9 @@ def run_with_messages(command: Callable[[], object]) -> None:
 
     An error that the user can fix is one line on stderr and exit code 2; a defect of the program is exit code 1.
     """
+    # Names of files may have letters that the terminal's encoding lacks; results are not lost for that.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     with on_console():
         try:
             command()

@@ -22,6 +22,7 @@ from pipeline.outputs.provenance import PROVENANCE
 from pipeline.outputs.resuming import CACHE_MANIFEST, REFINER_MANIFEST, RUN_RESULT, STUDENT_FOLDER
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
+from pipeline.storage.disk import existing, is_writable
 from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import FINETUNE, STAGE
 from singer.errors import UserError, require_known
@@ -263,13 +264,20 @@ def check_folder(option: str, folder: Path) -> None:
             return
 
 
+def check_writable(option: str, folder: Path) -> None:
+    """Raise UserError if an option's folder is none, or this user may not write to it."""
+    check_folder(option, folder)
+    if not is_writable(folder):
+        raise UserError(f"{option} {folder}: {existing(folder)} cannot be written to; give another folder")
+
+
 def check_page(out: Path, overwrite: bool) -> None:
     """Raise UserError if no page may be written to `out`; nothing is changed."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {out}: a report is one file; give a name that ends in .html")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file")
-    check_folder("--out", out.parent)
+    check_writable("--out", out.parent)
     if not out.exists():
         return
     if not overwrite:
@@ -351,7 +359,7 @@ def check_embedding(out: Path, features: str | None, overwrite: bool, tokens: st
         raise UserError(f"--out {out} needs pyarrow: pip install 'singer-vit[parquet]', or give a .npy")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file")
-    check_folder("--out", out.parent)
+    check_writable("--out", out.parent)
     beside = [out.with_suffix(ROW_NAMES)] if out.suffix == ".npy" else []
     for file in (out, *beside):
         if file.exists() and not overwrite:

@@ -1,7 +1,12 @@
 """Ctrl-C or a full disk ends every command with the command that goes on, which works as it is printed."""
 
 import errno
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +118,53 @@ def test_a_disk_that_is_full_from_the_start(
         assert run_singer(patch, "prepare", world / "images" / "test", "--out", tmp_path / "out") == 2
     again = shlex.split(capfd.readouterr().err.partition("go on with: ")[2])[1:]
     assert again[-1] == "--overwrite" and run_singer(monkeypatch, *again) == 0
+
+
+# A command that writes an output, works for a minute, and needs as long to end. argv: the file that says it works.
+WORKS = """
+import signal, sys, time
+from pathlib import Path
+import cli, pipeline
+from pipeline.runtime.interrupts import output_begun
+begun = Path(sys.argv.pop(1))
+if "ignored" in begun.name:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def work(*_):
+    output_begun()
+    try:
+        begun.touch()
+        time.sleep(1 if "ignored" in begun.name else 60)
+    finally:
+        Path(f"{begun}-ends").touch()
+        time.sleep(60 * ("twice" in begun.name))
+    return {"done": 1}
+pipeline.rank = work
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "signals", "code", "says"),
+    [
+        ("terminated", [signal.SIGTERM], 143, "error: ended by SIGTERM; go on with: "),
+        ("hung-up", [signal.SIGHUP, signal.SIGHUP], 129, "error: ended by SIGHUP; go on with: "),
+        ("twice", [signal.SIGINT, signal.SIGINT], 130, "error: interrupted; go on with: "),
+        ("ignored", [signal.SIGHUP], 0, ""),
+    ],
+)
+def test_signals_that_end_a_command(
+    name: str, signals: list[int], code: int, says: str, world: Path, tmp_path: Path
+) -> None:
+    """The end of a job or of a terminal is told like Ctrl-C; a second Ctrl-C waits for nothing; nohup is left alone."""
+    begun = tmp_path / name
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"}
+    command = [sys.executable, "-c", WORKS, str(begun), "rank", str(world / "cache")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    for number, file in zip(signals, (begun, begun.with_name(f"{name}-ends")), strict=False):
+        while not file.exists() and process.poll() is None:
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err.startswith(says) and len(err.splitlines()) == bool(says), err

@@ -1,6 +1,8 @@
 """The log of each output, what the console shows, and that neither changes what is made."""
 
 import logging
+import os
+import pty
 import subprocess
 import sys
 import threading
@@ -241,3 +243,58 @@ def test_a_line_of_slow_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         m.advance(1996)
     slow, quick = capsys.readouterr().err.splitlines()
     assert slow == "fit: 4/1000, 0.04 steps/s, data wait 0 %, 6 h 55 min left" and "2000/1000, 20 steps/s" in quick
+
+
+SAYS = """
+import cli
+from pipeline.runtime.logs import logger
+def work():
+    for number in range(100):
+        logger.info(f"message {number} " + "x" * 1000)
+    print("\\xe9 \\udcff")
+cli.run_with_messages(work)
+"""
+
+
+BAR = """
+import os, signal, sys, time
+import cli
+from pipeline.runtime.progress import meter
+def work():
+    with meter("work", 100, "pieces") as m:
+        for number in range(100):
+            m.advance(1)
+            time.sleep(0.02)
+            if number == 30:
+                open(sys.argv[1], "w").close()
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+cli.run_with_messages(work)
+"""
+
+
+def test_a_terminal_that_is_lost_ends_no_work(tmp_path: Path) -> None:
+    """With nohup, or in a session that outlives its terminal, a bar cannot be drawn any more."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-c", BAR, str(tmp_path / "begun")]
+    work = subprocess.Popen(command, stderr=terminal, env={**os.environ, "TERM": "xterm"})
+    os.close(terminal)
+    while not (tmp_path / "begun").exists() and work.poll() is None:
+        assert os.read(master, 1 << 16)
+    os.close(master)
+    assert work.wait(60) == 0
+
+
+def test_what_cannot_be_shown_ends_no_work(tmp_path: Path) -> None:
+    """Nobody reads the messages any more, the terminal's encoding lacks a letter, or its width is said to be 0."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stderr, names in ((writer, {}), (subprocess.PIPE, {"COLUMNS": "0"})):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii", **names}
+        command = [sys.executable, "-c", SAYS]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True)
+        assert (done.returncode, done.stdout) == (0, "\\xe9 \\udcff\n")
+    assert len(done.stderr.splitlines()) == 100 and done.stderr.startswith("message 0 xxx")
+    os.close(writer)
+    with log_file(tmp_path / "log"):
+        say("a name \udcff")
+    assert "a name \\udcff" in (tmp_path / "log").read_text()

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import WIDTH, make_vit, seeded
+from conftest import WIDTH, draw_images, make_vit, seeded, world_config
 from forked import forked
 from torch import Tensor
 
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext, Tokens
 from singer.objectives.acam import Acam
@@ -412,6 +414,13 @@ def test_what_an_objective_needs(name: str) -> None:
         OBJECTIVES[name](context)
 
 
+@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if issubclass(kind, Logits)])
+def test_what_reads_the_teachers_head_is_named_as_it_was_asked_for(name: str) -> None:
+    context = replace(make_context(), prefix=0, texts=torch.ones(2, 5))
+    with pytest.raises(UserError, match=f"^distill.objective {name} needs a student with a class token"):
+        OBJECTIVES[name](context)
+
+
 def test_relation_needs_a_block_behind() -> None:
     whole = make_context()
     with pytest.raises(UserError, match="cache an intermediate one"):
@@ -565,3 +574,14 @@ def test_blocks_have_weights() -> None:
     found = Mixture(parts, weights, {2: 1.0, 3: 3.0}).eval()(Tokens(student), Tokens(target), None)
     for name, factor in (("mse.2", 0.5), ("mse.3", 1.5), ("gram.2", 0.5), ("gram.3", 1.5), ("angle.summary", 1.0)):
         torch.testing.assert_close(found[name], factor * plain[name])
+
+
+def test_labels_of_one_class_teach_nothing(world: Path, tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", 1, 6)
+    rows = [f"{image},3" for image in sorted((tmp_path / "images").rglob("*.png"))]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    config = world_config(world, "distill.objective=labels")
+    cache_teacher(config, tmp_path / "list.csv", tmp_path / "cache")
+    with pytest.raises(UserError, match="labels teaches nothing here: all labels of the cache are of one class"):
+        distill(config, tmp_path / "cache", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

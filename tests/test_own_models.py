@@ -32,6 +32,8 @@ from singer.errors import UserError
 
 PAGE = Path(__file__).parent.parent / "docs" / "own-models.md"
 STUDENT = ["student.dim=null", "student.depth=null", "student.heads=null", "student.patch_size=null"]
+# Of the tests' configuration: what builds a student, which is for no module that is given.
+LEFT_OUT = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
 TRAIN = ["refine.cleaner=neighbour", "distill.epochs=1", "distill.batch_size=50"]
 
 
@@ -117,7 +119,7 @@ class Maps(nn.Module):
 def test_objects_in_python(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(seeded(0))
     maps = Maps(), Description(blocks=["first", "second"], image_size=32)
-    config = config_with("cache.blocks=[0,1]", *TRAIN)
+    config = config_with("cache.blocks=[0,1]", *TRAIN, *LEFT_OUT)
     cache_teacher(config, str(world / "train" / "*.tar"), tmp_path / "cache", teacher=maps)
     cache = Cache(tmp_path / "cache")
     teacher = cache.manifest.teacher
@@ -167,7 +169,7 @@ class Locked(Maps):
 
 def test_objects_in_other_states(world: Path, tmp_path: Path) -> None:
     """What is trained is float32; what has no gradients, or no copy for a moving average, is refused at first."""
-    about, sets = Description(blocks=["first", "second"], image_size=32), ["distill.share=0.3", *TRAIN]
+    about, sets = Description(blocks=["first", "second"], image_size=32), ["distill.share=0.3", *TRAIN, *LEFT_OUT]
 
     def trained(module: Maps, *more: str) -> None:
         distill(config_with(*sets, *more), world / "cache", tmp_path / "run", mode="overwrite", student=(module, about))
@@ -181,9 +183,18 @@ def test_objects_in_other_states(world: Path, tmp_path: Path) -> None:
             [],
             r"student own:Maps was made in torch\.inference_mode and has no gradients",
         ),
+        (Maps, ["student.depth=3"], r"student\.depth changes nothing in a module that is given .*; leave it out"),
+        (Maps, ["student.drop_path=0.1"], r"student\.drop_path changes nothing"),
+        (Maps, ["student.exit=wide"], r"student\.exit changes nothing"),
     ):
         with pytest.raises(UserError, match=said):
             trained(make(), *more)
+    for key, value in (("weights", "x.pth"), ("averaged", "false"), ("dtype", "bfloat16")):
+        config = config_with(f"teacher.{key}={value}", *TRAIN)
+        with pytest.raises(
+            UserError, match=rf"teacher\.{key} changes nothing in a module that is given as the teacher"
+        ):
+            cache_teacher(config, str(world / "train" / "*.tar"), tmp_path / "cache", teacher=(Maps(), about))
 
 
 def test_blocks_run_only_as_far_as_needed() -> None:

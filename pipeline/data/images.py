@@ -232,10 +232,12 @@ def longest_classes(several: Iterable[Images]) -> tuple[str, ...]:
 
 
 def read_classes(file: Path) -> list[str]:
-    """Read the names of classes: a list, or numbers by names. Raises UserError if the file is damaged."""
+    """Read the names of classes: a list, or numbers by names. Raises UserError if the file cannot be read."""
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
         found = None
     if isinstance(found, dict) and sorted(map(str, found.values())) == sorted(map(str, range(len(found)))):
         found = sorted(found, key=lambda name: int(found[name]))

@@ -12,7 +12,7 @@ NO_LABEL = -1
 
 
 class ChangedImage(UserError):
-    """An image is not what it was when it was listed."""
+    """An image is not what it was when it was listed, or this user may not read it."""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ def _paths(text: str, given: str) -> list[Path]:
         there, pattern = _existing(here + name)
         if glob.has_magic(pattern):
             found = sorted(glob.glob(glob.escape(there) + pattern, recursive=True))  # noqa: PTH207 (absolute, too)
+            if not os.access(there or ".", os.R_OK | os.X_OK):
+                raise UserError(f"{given}: the folder {there} cannot be read: Permission denied")
             if not found:
                 raise UserError(f"nothing matches {given!r}; quote it, and look at what is in its folder")
             paths += map(Path, found)

@@ -11,8 +11,9 @@ from pipeline.outputs.chain_folder import check_chain_settings
 from pipeline.outputs.provenance import INPUTS, PROVENANCE, read_inputs, write_provenance
 from pipeline.outputs.resuming import CONFIG, RESULT_SECTIONS, config_change, is_bound, sections_of
 from pipeline.outputs.stage_log import stage_log
-from pipeline.runtime.interrupts import CLAIMED
+from pipeline.runtime.interrupts import output_begun
 from pipeline.storage import Place, is_remote, open_store
+from pipeline.storage.file_locks import check_lockable
 from pipeline.storage.json_files import read_json
 from singer.errors import UserError
 
@@ -44,6 +45,8 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         above = next(folder for folder in here.parents if folder.exists())
         if not above.is_dir():
             raise UserError(f"{place}: {above} is not a folder; give another --out")
+        if mode != "resume":  # what is finished is told, also if it can only be read
+            check_lockable(here)
         if mode == "overwrite" and (here == Path.cwd() or here in Path.cwd().parents):
             raise UserError(
                 f"--overwrite would remove the current folder; change to another one, or remove {here} first"
@@ -90,12 +93,9 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
         check_output(place, mode, stage, config)
         if mode == "overwrite":
             store.clear(last=PROVENANCE)
-        try:
-            if mode != "append":
-                changed = mode == "resume" and config_change(store, config, sections_of(stage, config)) is not None
-                write_provenance(store, stage, config, seed, changed)
-            with nullcontext() if stage in _LOGLESS else stage_log(place, config):
-                yield
-        except (KeyboardInterrupt, OSError) as stop:
-            setattr(stop, CLAIMED, True)  # what is there now is this run's own
-            raise
+        output_begun()
+        if mode != "append":
+            changed = mode == "resume" and config_change(store, config, sections_of(stage, config)) is not None
+            write_provenance(store, stage, config, seed, changed)
+        with nullcontext() if stage in _LOGLESS else stage_log(place, config):
+            yield

@@ -32,12 +32,13 @@ def scratch(out: Place) -> Iterator[Place]:
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """Let SIGTERM raise an exception, as Ctrl-C does, so that the scratch folder is removed."""
+    """Let SIGTERM raise an exception, as Ctrl-C does, so that the scratch folder is removed; commands do so anyway."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)

@@ -30,7 +30,7 @@ def is_defect(error: Exception) -> bool:
 
 
 def explained(error: Exception) -> Exception:
-    """Return the error, or a UserError with the remedy if the memory is too small or the GPU cannot be used."""
+    """Return the error, or a UserError with the remedy if memory, GPU or a path of the user's is its cause."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else type(error).__name__
     torch = sys.modules.get("torch")  # without it, no error is one of torch
@@ -40,6 +40,8 @@ def explained(error: Exception) -> Exception:
         return UserError(f"out of memory ({first}); {_MEMORY}")
     if isinstance(error, RuntimeError) and "CUDA" in first and any(said in text for said in _NO_GPU):
         return UserError(f"the GPU cannot be used ({first}); see nvidia-smi, or hide it with CUDA_VISIBLE_DEVICES=''")
+    if isinstance(error, RuntimeError) and first.startswith("Symlink loop"):  # so pathlib says it
+        return UserError(f"a link leads to itself ({first}); give another path")
     return error
 
 

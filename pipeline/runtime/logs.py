@@ -4,6 +4,7 @@ Importing singer installs no handler. A command shows messages on stderr, see on
 log file of its output, see log_file().
 """
 
+import errno
 import logging
 import os
 import shlex
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -25,7 +27,44 @@ LOG = "singer.log"
 logger = logging.getLogger("singer")
 if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
-console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+class _Stderr:
+    """Writes to stderr, while it is there: its reader or terminal may go. The work goes on, and its log has all."""
+
+    def write(self, text: str) -> None:
+        """Write text, or nothing."""
+        with self._lost():
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        """Show what was written."""
+        with self._lost():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def _stream(self) -> Any:
+        # While a bar is shown, rich takes the place of stderr.
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                # What is buffered goes nowhere when the process ends, and fails no more.
+                silent = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(silent, self._stream.fileno())
+                os.close(silent)
+
+
+# With COLUMNS=0 nothing would be shown.
+_WIDTH = None if os.environ.get("COLUMNS", "80").strip("0") else 80
+console = Console(file=cast(Any, _Stderr()), highlight=False, soft_wrap=True, emoji=False, width=_WIDTH)
 _WARNINGS = "py.warnings"
 # So many innermost frames of a traceback are shown.
 _FRAMES = 4
@@ -69,10 +108,7 @@ class _Screen(logging.Handler):
                 return
             self._shown.add(key)
             text = f"{record.levelname.lower()}: {' '.join(text.split())}"
-        try:
-            console.print(text, markup=False)
-        except OSError:
-            self.handleError(record)
+        console.print(text, markup=False)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
@@ -160,7 +196,8 @@ class _File(logging.FileHandler):
     """A log file, which begins with `header()` when it is opened. A full disk stops the log, not the work."""
 
     def __init__(self, path: Path, level: int, header: Callable[[], str]) -> None:
-        super().__init__(path, "a", encoding="utf-8", delay=level > logging.INFO)
+        # Names of files may have bytes that are no UTF-8.
+        super().__init__(path, "a", encoding="utf-8", errors="backslashreplace", delay=level > logging.INFO)
         self.path, self._header = path, header
         self.setLevel(level)
         self._places: set[str] = set()

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, overload
 
-from pipeline.checks import check_folder, check_model
+from pipeline.checks import check_folder, check_model, check_writable
 from pipeline.config import Config
 from pipeline.data import Images, Spec, list_images, list_probe_images, readable
 from pipeline.evaluation.classification import Classification
@@ -50,9 +50,11 @@ def evaluate_tasks(
     for task in tasks:
         require_known("--task", task, TASKS)
     run = Path(model) if (Path(model) / STUDENT_FOLDER).is_dir() else None
-    for option, folder in (("--out", out), ("evaluate.features", config.evaluate.features)):
-        if folder is not None:
-            check_folder(option, folder)
+    place = out or run
+    if place is not None:
+        check_writable("--out", place)
+    if config.evaluate.features is not None:  # features that are there are only read
+        check_folder("evaluate.features", config.evaluate.features)
     check_model(model, weights)
     check_known_model(model)
     images: tuple[Images | None, Images]
@@ -65,7 +67,6 @@ def evaluate_tasks(
     learned = _noted(run, backbone, images[1]) if run is not None and (run / RUN_RESULT).is_file() else None
     device = default_device()
     backbone.model.to(device)
-    place = out or run
     own = place is not None and run is not None and place.resolve() == run.resolve()
     computed: ComputedFeatures = {}
     results = {}

@@ -1,5 +1,6 @@
 """The disk on which a folder is or will be."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,11 @@ def existing(folder: Path) -> Path:
     while not place.is_dir():
         place = place.parent
     return place
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether this user may write to a folder or, if there is none yet, make it."""
+    return os.access(existing(folder), os.W_OK | os.X_OK)
 
 
 def free_bytes(folder: Path) -> int:

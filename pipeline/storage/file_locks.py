@@ -15,6 +15,7 @@ from typing import TextIO
 from pipeline.runtime.logs import warn_once
 from pipeline.runtime.progress import say
 from pipeline.storage.atomic import is_at
+from pipeline.storage.disk import existing, is_writable
 from singer.errors import UserError
 
 # What flock answers where there is none: NFS without a lock service, Lustre without -o flock, some FUSE file systems.
@@ -47,8 +48,9 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder until the block ends, by flock on `.NAME.lock` beside it.
 
     The system frees it however the process ends. Without flock, a lock file takes its place. Raises UserError if
-    another run holds the folder, or only the folder itself can be written to, as a volume of a container.
+    another run holds the folder, or see check_lockable.
     """
+    check_lockable(folder)
     place = folder.resolve()
     path = place.parent / f".{place.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,17 +73,35 @@ def exclusive(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def check_lockable(folder: Path) -> None:
+    """Raise UserError if this user may not write beside a folder, where its lock lies."""
+    place = folder.resolve()
+    if not is_writable(place.parent):
+        raise _closed(place)
+
+
+def _closed(place: Path) -> UserError:
+    """Return the error for a folder beside which nothing can be written."""
+    above = existing(place.parent)
+    if place.is_dir() and is_writable(place):  # as a volume of a container
+        return UserError(
+            f"{above} cannot be written to, and the lock of {place} lies there; give a folder inside it, such as "
+            f"{place / 'run'}"
+        )
+    return UserError(f"{place}: {above} cannot be written to; change its permissions, or give another folder")
+
+
 def _opened(path: Path, place: Path) -> TextIO:
-    """Open the lock file beside a folder. Raises UserError if that is not possible, but would be inside it."""
+    """Open the lock file beside a folder. Raises UserError if this user may not."""
     try:
         return path.open("w")
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not os.access(place, os.W_OK):
+        # A root whose rights a network file system takes away is not told so before.
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        raise UserError(
-            f"{place.parent} cannot be written to, and the lock of {place} lies there; give a folder inside it, such "
-            f"as {place / 'run'}"
-        ) from None
+        if not path.exists():
+            raise _closed(place) from None
+        raise UserError(f"{path} is the lock of another user's run; remove it, or give another folder") from None
 
 
 # The lock files of running stages, by their folders.

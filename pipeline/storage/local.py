@@ -103,7 +103,6 @@ class LocalStore:
 
         Raises UserError if another run holds it.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(self.path):
             # Remove what holders that died have left.
             shutil.rmtree(self._removed, ignore_errors=True)

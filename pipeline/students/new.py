@@ -16,6 +16,10 @@ from singer.sizes import ImageSize, Size
 
 # A student named `vit` is built from this architecture; the given dimensions replace all of its own.
 PLAIN_VIT = "vit_tiny_patch16_224"
+# Keys of the configuration by which a student is built; a module that is given is built already.
+_BUILT_BY = (
+    "dim", "depth", "heads", "mlp_ratio", "patch_size", "registers", "pretrained", "exit", "exit_width", "drop_path",
+)  # fmt: skip
 
 
 def new_student(
@@ -30,9 +34,12 @@ def new_student(
     module: a module of the user's own with its description; it is the student, at its own image size by default. width:
     that of a wider exit if the configuration gives none, in channels. class_token: whether the teacher has one; if not,
     a student named `vit` has none either, and its output is the mean of its patches. Raises UserError if the
-    configuration does not describe a model that gives feature maps.
+    configuration does not describe a model that gives feature maps, or would build another student than the module.
     """
     if module is not None:
+        for key in _BUILT_BY:
+            if getattr(config, key) != StudentConfig.model_fields[key].default:
+                raise UserError(f"student.{key} changes nothing in a module that is given as the student; leave it out")
         return _trainable(describe_own(module, config.image_size, config.name), config)
     dims = {
         "embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads, "mlp_ratio": config.mlp_ratio,

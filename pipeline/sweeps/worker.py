@@ -111,7 +111,9 @@ def main() -> None:
 
     It also ends when the sweep is killed, so that no worker still writes to the sweep's folders then.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep gets SIGINT, too, and ends its workers
+    # The sweep gets these, too, and ends its workers; one that ended by itself would count as a run that failed.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     answers: IO[str] = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that a library's prints go to the log and not among the answers
     lines: SimpleQueue[str] = SimpleQueue()

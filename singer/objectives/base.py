@@ -14,8 +14,8 @@ class ObjectiveContext:
 
     width, grid: of the last matched block; widths: of each. grid: (rows, columns) of the patch tokens; None where only
     some patches of each image are compared. suffix: the frozen suffix of the teacher; teacher_prefix: number of its CLS
-    and register tokens. classes: number of classes of the labels, None without labels; texts: text embeddings, as wide
-    as the teacher's output, if given.
+    and register tokens. classes: number of classes of the labels, 1 if all are of one, None without labels; texts: text
+    embeddings, as wide as the teacher's output, if given.
     """
 
     blocks: tuple[int, ...]

@@ -8,6 +8,8 @@ from singer.objectives.logits import Logits
 class Js(Logits):
     """Jensen-Shannon divergence of the class probabilities of the teacher's head for student tokens and for its own."""
 
+    name = "js"
+
     def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return {"js": losses (B,)}: half the KL of the mean from each of the two, in nats."""
         ours, theirs = (self.log_probs(x) for x in (student, target))

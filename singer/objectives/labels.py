@@ -19,6 +19,11 @@ class Labels(LastBlock):
         super().__init__(context)
         if context.classes is None:
             raise UserError("distill.objective labels needs a cache of labelled images (NAME.cls beside NAME.jpg)")
+        if context.classes < 2:
+            raise UserError(
+                "distill.objective labels teaches nothing here: all labels of the cache are of one class; take another "
+                "objective"
+            )
         self.head = nn.Linear(context.width, context.classes)
 
     def forward(

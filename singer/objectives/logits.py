@@ -16,6 +16,8 @@ from singer.objectives.base import LastBlock, ObjectiveContext
 class Logits(LastBlock):
     """KL of the class probabilities that the teacher's head gives for the student's tokens from those for its own."""
 
+    # As it is registered, for messages.
+    name = "logits"
     in_teacher_units = True
 
     def __init__(self, context: ObjectiveContext) -> None:
@@ -27,7 +29,9 @@ class Logits(LastBlock):
         """Raise UserError unless the teacher's last block is cached and has a head on it."""
         model = self.suffix.model
         if not self.suffix.is_last(self.block) or not getattr(model, "num_classes", 0):
-            raise UserError("distill.objective logits needs the teacher's last block in the cache, and a head on it")
+            raise UserError(
+                f"distill.objective {self.name} needs the teacher's last block in the cache, and a head on it"
+            )
 
     @torch.no_grad()
     def check_reads(self) -> None:
@@ -41,18 +45,18 @@ class Logits(LastBlock):
         if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3 * float(whole.std())):
             if not context.prefix and self.suffix.model.global_pool == "token":
                 raise UserError(
-                    "distill.objective logits needs a student with a class token: the teacher's head reads it"
+                    f"distill.objective {self.name} needs a student with a class token: the teacher's head reads it"
                 )
             raise UserError(
-                "distill.objective logits: the teacher's head reads prefix tokens that the student does not have; "
-                "use an objective that compares tokens, such as mse"
+                f"distill.objective {self.name}: the teacher's head reads prefix tokens that the student does not "
+                "have; use an objective that compares tokens, such as mse"
             )
         if context.grid is not None:
             return
         fewer = self.output(present[:, : context.prefix + patches // 2])
         if not torch.allclose(fewer, ours, rtol=1e-3, atol=1e-3 * float(ours.std())):
             raise UserError(
-                "distill.objective logits: the teacher's head reads all patches, and some are left out; set "
+                f"distill.objective {self.name}: the teacher's head reads all patches, and some are left out; set "
                 "distill.token_share=1, with a cache of all (cache.token_share=1)"
             )
 

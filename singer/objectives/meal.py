@@ -16,6 +16,8 @@ class Meal(Logits):
     Each teacher's head reads the student's tokens. With one teacher it is the objective logits.
     """
 
+    name = "meal"
+
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ _RATIO, _LEAST = 8, 8
 class MealDiscriminator(Meal):
     """The objective meal, and the binary cross-entropy of three linear maps that tell whose probabilities they read."""
 
+    name = "meal-discriminator"
+
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         classes = int(self.suffix.model.num_classes)

@@ -8,6 +8,7 @@ from singer.objectives.logits import Logits
 class TopLogits(Logits):
     """Cross-entropy to the teacher's `kept` largest probabilities; the rest of its mass is spread over all others."""
 
+    name = "top-logits"
     kept = 100
 
     def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:

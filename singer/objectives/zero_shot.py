@@ -18,6 +18,7 @@ class ZeroShot(Logits):
     The temperature is CLIP's.
     """
 
+    name = "zero-shot"
     temperature = 0.01
     texts: Tensor
 

@@ -26,6 +26,8 @@ class FileReader:
         try:
             with (self._path / file).open("rb", buffering=0) as opened:
                 data, now = opened.read(min(size, most)), os.fstat(opened.fileno()).st_size
+        except PermissionError as error:
+            raise ChangedImage(f"{where}: {error.strerror}") from None
         except OSError as error:
             raise UserError(f"{where}: {error.strerror}; if it has moved, give its place with --images") from None
         if now != size or len(data) < min(size, most):

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.models.backbone import Backbone
 from singer.errors import UserError
 from singer.objectives import Objective, ObjectiveContext, Tokens
@@ -51,7 +53,8 @@ class Targets:
         whole: whether the student always sees all patches.
         """
         teacher, labels = self.cache.manifest.teacher, self.cache.index.images.labels
-        classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
+        numbers = np.unique(labels[labels != NO_LABEL])
+        classes = int(numbers[-1]) + 1 if len(numbers) > 1 else len(numbers) or None
         return ObjectiveContext(
             blocks,
             teacher.width_of(blocks[-1]),
