@@ -246,11 +246,15 @@ def test_a_line_of_slow_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 SAYS = """
+import sys
+from pathlib import Path
 import cli
-from pipeline.runtime.logs import logger
+from pipeline.runtime.logs import log_file, logger
 def work():
     for number in range(100):
         logger.info(f"message {number} " + "x" * 1000)
+    with log_file(Path(sys.argv[1])):
+        logger.info("a name \\udcff")
     print("\\xe9 \\udcff")
 cli.run_with_messages(work)
 """
@@ -290,11 +294,9 @@ def test_what_cannot_be_shown_ends_no_work(tmp_path: Path) -> None:
     os.close(reader)
     for stderr, names in ((writer, {}), (subprocess.PIPE, {"COLUMNS": "0"})):
         environment = {**os.environ, "PYTHONIOENCODING": "ascii", **names}
-        command = [sys.executable, "-c", SAYS]
+        command = [sys.executable, "-c", SAYS, str(tmp_path / "log")]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True)
         assert (done.returncode, done.stdout) == (0, "\\xe9 \\udcff\n")
-    assert len(done.stderr.splitlines()) == 100 and done.stderr.startswith("message 0 xxx")
+    assert len(done.stderr.splitlines()) == 101 and done.stderr.startswith("message 0 xxx")
     os.close(writer)
-    with log_file(tmp_path / "log"):
-        say("a name \udcff")
     assert "a name \\udcff" in (tmp_path / "log").read_text()
