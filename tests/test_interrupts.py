@@ -127,8 +127,9 @@ from pathlib import Path
 import cli, pipeline
 from pipeline.runtime.interrupts import output_begun
 begun = Path(sys.argv.pop(1))
-if "ignored" in begun.name:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+# As a shell starts a command, whatever started the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "ignored" in begun.name else signal.SIG_DFL)
 def work(*_):
     output_begun()
     try:

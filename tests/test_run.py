@@ -469,19 +469,20 @@ def test_settings_of_a_stage_can_be_changed_until_it_has_begun(world: Path, tmp_
     assert tree_bytes(out / "cache") == cache and tree_bytes(out / "student" / "student") != student
 
 
-def test_the_only_label_is_rehearsed(world: Path, tmp_path: Path) -> None:
+def test_the_only_labels_are_rehearsed(world: Path, tmp_path: Path) -> None:
+    """However few images have labels, and however few of a class there are; one class teaches nothing."""
     draw_images(tmp_path / "photos", 1, 40)
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for n, image in enumerate(sorted((tmp_path / "photos").rglob("*.*"))):
-            tar.add(image, f"{n}{image.suffix}")
-        tar.add(_label(tmp_path / "label"), "1.cls")
-    config = world_config(world, *SMALL, "distill.objective=labels", f"data.image_key={image.suffix}")
-    rehearse(config, [str(tmp_path / "0.tar")], 40, tmp_path / "rehearsal", this_process())
-
-
-def _label(file: Path) -> Path:
-    file.write_text("1")
-    return file
+    config = world_config(world, *SMALL, "distill.objective=labels", "data.image_key=.png")
+    for name, labels in (("two", {1: 1, 4: 0}), ("rare", dict.fromkeys(range(40), 0) | {4: 1}), ("one", {1: 1})):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for n, image in enumerate(sorted((tmp_path / "photos").rglob("*.png"))):
+                tar.add(image, f"{n}.png")
+                if n in labels:
+                    (tmp_path / "label").write_text(str(labels[n]))
+                    tar.add(tmp_path / "label", f"{n}.cls")
+        refused = pytest.raises(UserError, match="all labels of the cache are of one class")
+        with refused if name == "one" else contextlib.nullcontext():
+            rehearse(config, [str(tmp_path / f"{name}.tar")], 40, tmp_path / "rehearsal", this_process())
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_weights_of_other_blocks_are_refused_before_a_model_is_loaded(
 ) -> None:
     wrong, out = "distill.block_weights=[1]", tmp_path / "out"
     message = r"distill\.block_weights: 1 weights for 2 blocks; give one for each of {}"
-    monkeypatch.setattr("pipeline.training.distilling.runs.new_student", None)
+    monkeypatch.setattr("pipeline.training.distilling.new_distiller.new_student", None)
     with pytest.raises(UserError, match=message.format("2, 3")):
         distill(world_config(world, wrong), world / "cache", out)
     with pytest.raises(UserError, match=r"distill\.objective: 2 given for 1 --cache"):

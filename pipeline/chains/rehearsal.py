@@ -79,9 +79,10 @@ def _remove(folder: Path, process: PartialState) -> None:
 
 
 def _write(config: Config, shards: Sequence[str], tar: Path) -> None:
-    """Write images from all over the shards to a tar, one with a label if there are labels."""
+    """Write images from all over the shards to a tar, some of two classes if there are labels."""
     listed = list_images(config, shards)
-    labelled = np.flatnonzero(listed.labels != NO_LABEL)[:1]
+    _, firsts = np.unique(listed.labels, return_index=True)
+    labelled = firsts[listed.labels[firsts] != NO_LABEL][:2]
     images = listed.select(np.union1d(np.linspace(0, len(listed) - 1, _IMAGES).astype(int), labelled))
     with ImageFile(images) as files:
         if config.data.on_error == "fail":
