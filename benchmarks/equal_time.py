@@ -4,7 +4,8 @@
         [--set KEY=VALUE ...]
 
 T is what 8 epochs of the authors' joint training take with the teacher in every step. In shares of T (--budgets), the
-recipe tinyimagenet-ti-to-w96 gets as many epochs as are left when caching and refining are paid for. FILE and FOLDER
+recipe tinyimagenet-ti-to-w96 gets as many epochs as are left when caching and refining are paid for. Joint training
+with half of the patches gets as many as T has for its cheaper steps. FILE and FOLDER
 are those of benchmarks/results.py. Time is processor time of this process with all its threads, so that other work on
 the machine hardly matters; costs of a step are medians over interleaved rounds. The joint row is trained from the
 cache, which gives it the same features as the teacher in every step.
@@ -44,10 +45,15 @@ JOINT = [
     "distill.epochs=8", "distill.warmup_epochs=0.5", "distill.token_share=1", "distill.optimizer=adamw",
     "distill.projector=linear", "distill.layer_decay=1",
 ]  # fmt: skip
-# As the authors train, and with those of our levers that need no cache.
-WITH_LEVERS = "joint with our start, head, optimiser and rate"
-JOINTS = ["joint", WITH_LEVERS]
-NEED_NO_CACHE = [("student", "init"), *(("distill", key) for key in ("projector", "optimizer", "lr", "layer_decay"))]
+# Keys of our levers that need no cache; with the last of them, the student sees half of the patches in most steps.
+LEVERS = ["student.init", *(f"distill.{key}" for key in ("projector", "optimizer", "lr", "layer_decay"))]
+SHARE = ["distill.token_share", "distill.whole_share"]
+# {row: keys that it has from the recipe}: as the authors train, and with our levers.
+JOINTS = {
+    "joint": [],
+    "joint with our start, head, optimiser and rate": LEVERS,
+    "joint with these and half of the patches": LEVERS + SHARE,
+}
 TASKS = {"classification": "tinyimagenet50-val", "segmentation": "camvid-test"}
 FIGURES = ("linear", "knn", "miou")
 
@@ -82,6 +88,7 @@ class EqualTime(Chain):
         config, cache = self.config(), Cache(self.out / "cache")
         teach, size = Teacher(config, cache), config.distill.batch_size
         ours, joint = self.student(config, self.out / "refiner"), self.student(self.config(*JOINT), None)
+        fewer = self.student(self.config(*JOINT, *_kept(config, SHARE)), None)
         images = ImageFile(relocate(cache.index.images, None))
 
         def step(new: NewStudent, optimiser: torch.optim.Optimizer, online: bool, share: float) -> None:
@@ -106,12 +113,13 @@ class EqualTime(Chain):
 
         kinds: dict[str, tuple[NewStudent, bool, float]] = {
             "online joint": (joint, True, 1.0),
+            "online joint, share": (fewer, True, ours.distiller.share),
             "ours, whole": (ours, False, 1.0),
             "ours, share": (ours, False, ours.distiller.share),
         }
         optimisers = {
             id(ours): optimiser_of(ours.distiller, config),
-            id(joint): optimiser_of(joint.distiller, self.config(*JOINT)),
+            **{id(new): optimiser_of(new.distiller, self.config(*JOINT)) for new in (joint, fewer)},
         }
         times: dict[str, list[float]] = {name: [] for name in kinds}
         for turn in range(rounds + 1):
@@ -147,11 +155,16 @@ class EqualTime(Chain):
         return [*firsts, figures["segmentation"]["miou"]]
 
 
+def _kept(config: Config, keys: list[str]) -> list[str]:
+    """Return keys of the configuration with their values, as --set takes them."""
+    return [f"{key}={getattr(getattr(config, section), name)}" for key in keys for section, name in [key.split(".")]]
+
+
 def main() -> None:
     """Parse the options and run the benchmark."""
     parser = Chain.parser(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="in shares of T")
-    parser.add_argument("--joint", nargs="*", choices=JOINTS, default=JOINTS, help="rows of joint training")
+    parser.add_argument("--joint", nargs="*", choices=list(JOINTS), default=list(JOINTS), help="rows of joint training")
     options = parser.parse_args()
     chain = EqualTime.of(options)
     config, refiner = chain.config(), options.out / "refiner"
@@ -173,7 +186,6 @@ def main() -> None:
     def say(name: str, share: float, epochs: int, figures: list[float]) -> None:
         print(f"| {name} | {share:.2f} | {epochs} | " + " | ".join(f"{x:.1f}" for x in figures) + " |", flush=True)
 
-    levers = [f"{section}.{key}={getattr(getattr(config, section), key)}" for section, key in NEED_NO_CACHE]
     for seed in options.seeds:
         for share in sorted(options.budgets):
             epochs = int((share * budget - caching - refining) / epoch)
@@ -183,8 +195,10 @@ def main() -> None:
             ours = chain.config(f"distill.epochs={epochs}", f"distill.seed={seed}")
             say(f"ours, seed {seed}", share, epochs, chain.row(f"ours-{share:g}-{seed}", ours, refiner))
         for name in options.joint:
-            more = levers if name == WITH_LEVERS else []
-            joint = chain.config(*JOINT, *more, f"distill.seed={seed}")
+            joint = chain.config(*JOINT, *_kept(config, JOINTS[name]), f"distill.seed={seed}")
+            if SHARE[0] in JOINTS[name]:
+                step = whole * cost["online joint"] + (1 - whole) * cost["online joint, share"]
+                joint = joint.changed(distill={"epochs": int(8 * cost["online joint"] / step)})
             row = chain.row(f"{name.replace(' ', '-')}-{seed}", joint, None)
             say(f"{name}, seed {seed}", 1.0, joint.distill.epochs, row)
 

@@ -51,7 +51,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("script", "options", "rows"),
     [
-        ("equal_time.py", ("--budgets", "9"), ("ours, seed 0 | 9.00", "joint, seed 0 | 1.00", "joint with our")),
+        (
+            "equal_time.py",
+            ("--budgets", "9"),
+            ("ours, seed 0 | 9.00", "joint, seed 0 | 1.00", "joint with our", "joint with these"),
+        ),
         ("equal_time.py", ("--budgets", "9", "--set", "student.image_size=64"), ("ours, seed 0 | 9.00",)),
         ("levers.py", ("--passes", "2", "--shards", "2", "--levers", "the recipe", "2 crops"), ("2 crops | ",)),
     ],
