@@ -45,7 +45,7 @@ JOINT = [
     "distill.epochs=8", "distill.warmup_epochs=0.5", "distill.token_share=1", "distill.optimizer=adamw",
     "distill.projector=linear", "distill.layer_decay=1",
 ]  # fmt: skip
-# Keys of our levers that need no cache; with the last of them, the student sees half of the patches in most steps.
+# Keys of our levers that need no cache; by those of SHARE, the student sees half of the patches in most steps.
 LEVERS = ["student.init", *(f"distill.{key}" for key in ("projector", "optimizer", "lr", "layer_decay"))]
 SHARE = ["distill.token_share", "distill.whole_share"]
 # {row: keys that it has from the recipe}: as the authors train, and with our levers.
